@@ -1,0 +1,214 @@
+"""What a pass is. Users' passes derive from the same classes as ours.
+
+A pass is one frozen dataclass in one file. Its fields are its options; its docstring gives the equation, the source
+and the quality to expect. It sees canonical ops only (``ops``), decides about one site at a time, and either
+declines with a reason or says how to build the replacement. Sorting, editing the graph, validating and measuring
+belong to the manager.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.fx
+
+from ..runtime import ops as canonical_ops
+from .site import Site, get_site, set_site
+from .view import GraphView, arguments, value
+
+Node = torch.fx.Node
+
+
+class Exactness(enum.Enum):
+    """How the function after a rewrite relates to the one before."""
+
+    EXACT = "exact"
+    """Bit for bit the same."""
+    REASSOCIATED = "reassociated"
+    """The same function, rounded differently: within the tolerance of the op and dtype."""
+    APPROXIMATE = "approximate"
+    """Another function. Its error is measured and reported."""
+
+
+class Needs(enum.Enum):
+    """What a pass needs besides the model."""
+
+    NOTHING = "nothing"
+    CALIBRATION = "calibration"
+    TRAINING = "training"
+
+
+@dataclass(frozen=True)
+class Decline:
+    """The site is left alone, for this reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """The site almost matched: where it stopped and why."""
+
+    stopped_at: Node | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """How to build the replacement of a site's node, and what to tell about it.
+
+    build: takes a :class:`Builder` placed before the node and returns the node that takes its place.
+    details: JSON-able facts for the report.
+    """
+
+    build: Callable[[Builder], Node]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SiteContext:
+    """One canonical node as a pass sees it."""
+
+    node: Node
+    view: GraphView
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def site(self) -> Site:
+        site = get_site(self.node)
+        assert site is not None, f"{self.node} has no site"
+        return site
+
+    @property
+    def op(self) -> str:
+        return self.node.target._opname  # type: ignore[union-attr]
+
+    def arg(self, name: str) -> Any:
+        """The node's argument by schema name: a node, or a constant."""
+        return arguments(self.node)[name]
+
+    def val(self, name: str) -> Any:
+        """The fake tensor of the node's argument ``name`` (None when the argument is None)."""
+        return value(self.arg(name))
+
+    def changed(self, **changes: Any) -> Callable[[Builder], Node]:
+        """A build function: the same op with some arguments changed."""
+
+        def build(builder: Builder) -> Node:
+            return builder.call(self.node.target, **(arguments(self.node) | changes))
+
+        return build
+
+
+class Builder:
+    """Inserts nodes in front of a site's node, with metadata and shapes filled in."""
+
+    def __init__(self, view: GraphView, before: Node) -> None:
+        self.view = view
+        self.before = before
+        self.inserted: list[Node] = []
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Insert ``target(*args, **kwargs)``; shapes and dtypes are inferred by running it on fake tensors."""
+        graph = self.view.graph
+        if isinstance(target, torch._ops.OpOverload):
+            # Positional arguments first, as ATen graphs print them.
+            positional = [a.name for a in target._schema.arguments if not a.kwarg_only][len(args) :]
+            while positional and positional[0] in kwargs:
+                args = (*args, kwargs.pop(positional.pop(0)))
+        with graph.inserting_before(self.before):
+            node = graph.call_function(target, args, kwargs)
+        self._describe(node)
+        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), value)  # type: ignore[arg-type]
+        mode = next((m for m in map(_fake_mode, (self.before, *self.before.all_input_nodes)) if m), None)
+        if mode is not None:
+            with mode:
+                node.meta["val"] = target(*fake_args, **fake_kwargs)
+        return node
+
+    def constant(self, name: str, tensor: torch.Tensor) -> Node:
+        """Add ``tensor`` to the graph module as a buffer and return the node that reads it."""
+        module, graph = self.view.module, self.view.graph
+        name = re.sub(r"\W", "_", f"tilewright_{name}")
+        unique, count = name, 0
+        while hasattr(module, unique):
+            count += 1
+            unique = f"{name}_{count}"
+        module.register_buffer(unique, tensor.detach())
+        with graph.inserting_before(self.before):
+            node = graph.get_attr(unique)
+        self._describe(node)
+        mode = next((m for m in map(_fake_mode, (self.before, *self.before.all_input_nodes)) if m), None)
+        node.meta["val"] = mode.from_tensor(tensor) if mode is not None else tensor
+        return node
+
+    def _describe(self, node: Node) -> None:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.before.meta:
+                node.meta[key] = self.before.meta[key]
+        if (site := get_site(self.before)) is not None:
+            set_site(node, site)
+        self.inserted.append(node)
+
+
+def _fake_mode(node: Node) -> Any:
+    return getattr(value(node), "fake_mode", None)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of every rewrite.
+
+    exactness: see :class:`Exactness`. needs: see :class:`Needs`.
+    ops: names of the canonical ops whose sites the pass is asked about.
+    provides, requires, conflicts: names of properties; a pass always provides its own name. A pass that requires a
+        property runs after the passes of the same compilation that provide it, and is refused when none does;
+        conflicting passes are refused together. ``after`` orders without requiring.
+    why: property -> the sentence that a refusal tells.
+    """
+
+    exactness: ClassVar[Exactness]
+    needs: ClassVar[Needs] = Needs.NOTHING
+    ops: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[frozenset[str]] = frozenset()
+    why: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def cli_name(cls) -> str:
+        """``TwoPassSoftmax`` -> ``two-pass-softmax``: the name on the command line and in reports."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    @property
+    def name(self) -> str:
+        return self.cli_name()
+
+    def options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def current_needs(self) -> Needs:
+        """What this instance needs; a pass whose options decide overrides it."""
+        return self.needs
+
+    def candidates(self, view: GraphView) -> Iterable[Node]:
+        """The nodes :meth:`rewrite` is asked about, in graph order. A pass with its own pattern may override it."""
+        wanted = {canonical_ops.OPS[name].overload for name in self.ops}
+        return [node for node in view.graph.nodes if node.op == "call_function" and node.target in wanted]
+
+    def observe(self, site: SiteContext, values: Mapping[str, Any]) -> None:
+        """Calibration: called for every candidate and batch with the op's arguments as real tensors.
+
+        Keep what :meth:`rewrite` needs in ``site.state``; keep statistics, not the tensors.
+        """
+
+    def rewrite(self, site: SiteContext) -> Rewrite | Decline | NearMiss:
+        """Decide about one site."""
+        raise NotImplementedError(f"{type(self).__name__} must define rewrite()")

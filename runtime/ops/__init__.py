@@ -1,0 +1,21 @@
+"""The canonical ops. Importing this package registers them under ``torch.ops.tilewright``."""
+
+from .registry import OPS, CanonicalOp, Tolerance, canonical, is_canonical
+
+# Each module registers its op on import; a new op is one more file and one more name here.
+from . import attention, gated_mlp, layer_norm, linear, rms_norm, rope, softmax  # isort: skip
+
+__all__ = [
+    "OPS",
+    "CanonicalOp",
+    "Tolerance",
+    "attention",
+    "canonical",
+    "gated_mlp",
+    "is_canonical",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "rope",
+    "softmax",
+]
