@@ -155,6 +155,7 @@ class Builder:
         if (site := get_site(self.before)) is not None:
             set_site(node, site)
         self.inserted.append(node)
+        self.view.insert(node)
 
 
 def _fake_mode(node: Node) -> Any:

@@ -130,7 +130,7 @@ class Matcher:
         """
         self._deepest = Miss(root, "the operator is another one", 0)
         for state in self._match(pattern, root, _State()):
-            covered = tuple(sorted(state.covered, key=self.view.position.__getitem__))
+            covered = tuple(sorted(state.covered))
             if private and (leak := self.view.escaping(covered, root)) is not None:
                 self._stop(leak, f"its intermediate result {leak.name} is used elsewhere too", state)
                 continue

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import networkx as nx
 import torch
 import torch.fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def arguments(node: torch.fx.Node) -> dict[str, Any]:
@@ -31,10 +32,24 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, torch.fx.Node) else node
 
 
+def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two shapes are provably equal. Symbolic sizes are compared as expressions: no guard is added."""
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def same_size(left: Any, right: Any) -> bool:
+    """Whether two sizes (int or SymInt) are provably equal, without adding a guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    return bool(statically_known_true(left == right))
+
+
 class GraphView:
     """The data-flow DAG of one graph module: nodes are fx nodes, edges run from producer to user.
 
-    Built once and kept while rules only read; call :meth:`refresh` after the graph was edited.
+    The networkx graph is built when first asked for and then kept up to date by :meth:`insert`, :meth:`replace` and
+    :meth:`erase`; after edits that went around these, call :meth:`refresh`. Order in the graph is fx's own: nodes
+    compare with ``<``.
     """
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
@@ -47,31 +62,43 @@ class GraphView:
     @cached_property
     def dag(self) -> nx.DiGraph:
         dag: nx.DiGraph = nx.DiGraph()
-        for node in self.graph.nodes:
-            dag.add_node(node)
-            dag.add_edges_from((producer, node) for producer in node.all_input_nodes)
+        dag.add_nodes_from(self.graph.nodes)
+        dag.add_edges_from((producer, node) for node in self.graph.nodes for producer in node.all_input_nodes)
         return dag
 
-    @cached_property
-    def position(self) -> dict[torch.fx.Node, int]:
-        """Node -> its place in the graph's order, to sort by."""
-        return {node: index for index, node in enumerate(self.graph.nodes)}
-
     def refresh(self) -> None:
-        for name in ("dag", "position"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("dag", None)
+
+    def insert(self, node: torch.fx.Node) -> None:
+        """Tell the view of a node that was added to the graph, or whose arguments were changed."""
+        if "dag" in self.__dict__:
+            self.dag.add_node(node)
+            self.dag.remove_edges_from(list(self.dag.in_edges(node)))
+            self.dag.add_edges_from((producer, node) for producer in node.all_input_nodes)
+
+    def replace(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        """Let every user of ``old`` except ``new`` read ``new`` instead."""
+        for user in old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new):
+            self.insert(user)
+
+    def erase(self, node: torch.fx.Node) -> None:
+        """Remove a node that nothing uses."""
+        if "dag" in self.__dict__ and node in self.dag:
+            self.dag.remove_node(node)
+        self.graph.erase_node(node)
 
     def escaping(self, covered: Iterable[torch.fx.Node], root: torch.fx.Node) -> torch.fx.Node | None:
-        """A covered node other than the root that something outside the cover uses, or None.
+        """The first covered node other than the root that something outside the cover uses, or None.
 
         Assertions about tensor metadata do not count as users: they compute nothing.
         """
         inside = set(covered) | {root}
-        for node in inside - {root}:
-            for user in self.dag.successors(node):
-                if user not in inside and not is_assertion(user):
-                    return node
-        return None
+        leaks = (
+            node
+            for node in inside
+            if node is not root and any(user not in inside and not is_assertion(user) for user in node.users)
+        )
+        return min(leaks, default=None)
 
 
 def is_assertion(node: torch.fx.Node) -> bool:

@@ -1,1 +1,170 @@
-"""Raise: lift the many spellings of an operation to one canonical op, or say why not."""
+"""Raising: lift the many spellings of an operation to one canonical op that passes can read.
+
+``RULES`` run in order, each over the whole graph. Order matters: rope and the norms are taken out before attention
+looks at its operands, attention before the softmax it contains, linear last because other rules read ``aten.linear``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+
+from ...passes.base import Builder
+from ...passes.site import Site, name_site, set_site, source_line
+from ...passes.view import GraphView, is_assertion, same_sizes, value
+from ...runtime import ops as canonical_ops
+from .rules import Decline, Facts, NearMiss, Raised, RaiseRule
+
+__all__ = ["RaiseResult", "raise_graph", "rules"]
+
+Node = torch.fx.Node
+
+_RULES = ("rope", "rms_norm", "layer_norm", "gated_mlp", "attention", "softmax", "linear")
+
+
+def rules() -> list[RaiseRule]:
+    """Every rule in the order they run: the ``RULES`` of each module."""
+    found: list[RaiseRule] = []
+    for name in _RULES:
+        try:
+            module = importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+            continue
+        found.extend(module.RULES)
+    return found
+
+
+@dataclass
+class RaiseResult:
+    """What raising did.
+
+    sites: one per canonical node, in graph order.
+    declined: sites that are the op and were left alone, with the reason.
+    near_misses: (where it would have been, the node and source line where the match stopped, the reason).
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    declined: list[tuple[Site, str]] = field(default_factory=list)
+    near_misses: list[tuple[Site, str, str]] = field(default_factory=list)
+
+
+def raise_graph(module: torch.fx.GraphModule, only: Sequence[RaiseRule] | None = None) -> RaiseResult:
+    """Replace what the rules recognise by canonical ops, in place.
+
+    module: a pre-dispatch ATen graph with ``meta["val"]`` on its nodes. only: these rules instead of all.
+    The outputs stay the same within the tolerance of the ops (``tilewright.runtime.ops``).
+    """
+    return _Raiser(module).run(rules() if only is None else only)
+
+
+class _Raiser:
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        self.module = module
+        self.view = GraphView(module)
+        self.facts = Facts(self.view)
+        self.taken: set[str] = set()
+        self.gone: set[Node] = set()
+        self.raised: list[tuple[Node, Site]] = []
+        self.declined: list[tuple[Node, str, str]] = []
+        self.missed: list[tuple[Node, str, NearMiss]] = []
+
+    def run(self, rules: Sequence[RaiseRule]) -> RaiseResult:
+        index: dict[Any, list[Node]] = defaultdict(list)
+        for node in self.view.graph.nodes:
+            if node.op == "call_function":
+                index[node.target].append(node)
+        for rule in rules:
+            for node in sorted(n for target in dict.fromkeys(rule.anchors) for n in index.get(target, ())):
+                if node not in self.gone:
+                    self._ask(rule, node)
+        result = self._result()
+        self.view.graph.eliminate_dead_code()
+        self.view.graph.lint()
+        self.module.recompile()
+        return result
+
+    def _ask(self, rule: RaiseRule, node: Node) -> None:
+        outcome = rule.match(node, self.view, self.facts)
+        if isinstance(outcome, Raised):
+            outcome = self._apply(node, outcome)
+        if isinstance(outcome, NearMiss):
+            self.missed.append((node, rule.op, outcome))
+        elif isinstance(outcome, Decline):
+            self.declined.append((node, rule.op, outcome.reason))
+
+    def _apply(self, anchor: Node, raised: Raised) -> NearMiss | None:
+        root = raised.root or anchor
+        if (leak := self.view.escaping(raised.covered, root)) is not None:
+            return NearMiss(leak, f"its intermediate result {leak.name} is used elsewhere too")
+        builder = Builder(self.view, root)
+        overload = canonical_ops.OPS[raised.op].overload
+        named = {a.name: arg for a, arg in zip(overload._schema.arguments, raised.args, strict=False)}
+        named |= raised.kwargs
+        if raised.before is not None:
+            named |= raised.before(builder)
+        node = builder.call(overload, **named)
+        if (reason := _differs(value(root), value(node))) is not None:
+            for inserted in reversed(builder.inserted):
+                self.view.erase(inserted)
+            return NearMiss(root, reason)
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in raised.origin.meta:
+                node.meta[key] = raised.origin.meta[key]
+        site = name_site(raised.origin, raised.op, self.taken)
+        set_site(node, site)
+        self.raised.append((node, site))
+        self.view.replace(root, node)
+        self._erase({*raised.covered, root})
+        return None
+
+    def _erase(self, covered: set[Node]) -> None:
+        """Erase what nothing uses any more, users first. Nodes that others share stay."""
+        for node in sorted(covered, reverse=True):
+            for user in list(node.users):
+                if is_assertion(user):
+                    self._drop(user)
+            if not node.users:
+                self._drop(node)
+
+    def _drop(self, node: Node) -> None:
+        if node not in self.gone:
+            self.gone.add(node)
+            self.view.erase(node)
+
+    def _result(self) -> RaiseResult:
+        result = RaiseResult(sites=[site for node, site in sorted(self.raised, key=lambda pair: pair[0])])
+        seen: set[Any] = set()
+        for node, op, reason in self.declined:
+            if node not in self.gone and (node, op) not in seen:
+                seen.add((node, op))
+                result.declined.append((name_site(node, op, self.taken), reason))
+        for node, op, miss in self.missed:
+            stop = miss.stopped_at if miss.stopped_at is not None else node
+            # Another anchor or another rule took the node after all, or two anchors stopped at one node.
+            if node in self.gone or stop in self.gone or (stop, op) in seen:
+                continue
+            seen.add((stop, op))
+            where = ", ".join(part for part in (f"{stop.name} = {stop.target}", source_line(stop)) if part)
+            result.near_misses.append((name_site(node, op, self.taken), where, miss.reason))
+        return result
+
+
+def _differs(old: Any, new: Any) -> str | None:
+    """Why ``new`` cannot take the place of ``old``: fake tensors before and after."""
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return "the graph carries no shapes here"
+    if old.dtype != new.dtype:
+        return f"the model computes {old.dtype} here, the canonical op {new.dtype}"
+    if not same_sizes(old.shape, new.shape):
+        return f"the model's result has shape {tuple(old.shape)}, the canonical op's {tuple(new.shape)}"
+    if old.device != new.device:
+        return f"the model's result is on {old.device}, the canonical op's on {new.device}"
+    return None
