@@ -25,6 +25,7 @@ __all__ = ["RaiseResult", "raise_graph", "rules"]
 
 Node = torch.fx.Node
 
+DETAILS = "tilewright_details"
 _RULES = ("rope", "rms_norm", "layer_norm", "gated_mlp", "attention", "softmax", "linear")
 
 
@@ -47,11 +48,13 @@ class RaiseResult:
     """What raising did.
 
     sites: one per canonical node, in graph order.
+    details: site id -> what the rule tells about it; also in ``meta[DETAILS]`` of the canonical node.
     declined: sites that are the op and were left alone, with the reason.
     near_misses: (where it would have been, the node and source line where the match stopped, the reason).
     """
 
     sites: list[Site] = field(default_factory=list)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
     declined: list[tuple[Site, str]] = field(default_factory=list)
     near_misses: list[tuple[Site, str, str]] = field(default_factory=list)
 
@@ -111,7 +114,8 @@ class _Raiser:
         if raised.before is not None:
             named |= raised.before(builder)
         node = builder.call(overload, **named)
-        if (reason := _differs(value(root), value(node))) is not None:
+        result = node if raised.after is None else raised.after(builder, node)
+        if (reason := _differs(value(root), value(result))) is not None:
             for inserted in reversed(builder.inserted):
                 self.view.erase(inserted)
             return NearMiss(root, reason)
@@ -120,8 +124,10 @@ class _Raiser:
                 node.meta[key] = raised.origin.meta[key]
         site = name_site(raised.origin, raised.op, self.taken)
         set_site(node, site)
+        if raised.details:
+            node.meta[DETAILS] = dict(raised.details)
         self.raised.append((node, site))
-        self.view.replace(root, node)
+        self.view.replace(root, result)
         self._erase({*raised.covered, root})
         return None
 
@@ -140,7 +146,9 @@ class _Raiser:
             self.view.erase(node)
 
     def _result(self) -> RaiseResult:
-        result = RaiseResult(sites=[site for node, site in sorted(self.raised, key=lambda pair: pair[0])])
+        raised = sorted(self.raised, key=lambda pair: pair[0])
+        result = RaiseResult(sites=[site for _, site in raised])
+        result.details = {site.id: node.meta[DETAILS] for node, site in raised if DETAILS in node.meta}
         seen: set[Any] = set()
         for node, op, reason in self.declined:
             if node not in self.gone and (node, op) not in seen:

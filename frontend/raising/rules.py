@@ -42,6 +42,8 @@ class Raised:
     before: inserts helper nodes (casts, slices, a transposed weight) in front of the root and returns arguments by
         schema name, which are merged over ``args`` and ``kwargs``.
     root: the node whose value the op computes; the anchor when None. Shape, dtype and device have to be the same.
+    after: inserts what turns the op's result into the root's value (a reshape, a cast) and returns that node.
+    details: JSON-able facts for the report, such as what was proven about a mask.
     """
 
     op: str
@@ -51,6 +53,8 @@ class Raised:
     origin: Node
     before: Callable[[Builder], dict[str, Any]] | None = None
     root: Node | None = None
+    after: Callable[[Builder, Node], Node] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 class RaiseRule(Protocol):
