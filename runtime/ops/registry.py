@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedKernel
+
 LIBRARY = torch.library.Library("tilewright", "DEF")
 TARGETS = ("reference", "triton", "triton-interpret", "cpp")
 
@@ -65,6 +67,15 @@ def canonical(
     op = CanonicalOp(name, overload, reference, dict(tolerance), spec)
     OPS[name] = op
     return op
+
+
+def reference_only(name: str, target: str) -> None:
+    """For the composite of an op that no target has a kernel for.
+
+    Raises UnsupportedKernel for any target but ``reference``.
+    """
+    if target != "reference":
+        raise UnsupportedKernel(f"{name} has no kernel for target {target!r}: call it with target='reference'")
 
 
 def is_canonical(target: Any) -> bool:
