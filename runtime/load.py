@@ -1,0 +1,169 @@
+"""Four verbs for kernels: :func:`is_built`, :func:`try_load`, :func:`build`, :func:`load`.
+
+    kernel = load(spec, "triton-interpret")
+    out = kernel.launch(x)
+
+A kernel is named by its content (see :mod:`.fingerprint`), kept in the user's cache folder (see :mod:`.cache`), built
+once however many threads and processes ask for it at the same time, and never loaded unless every byte of it is
+what was built.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..codegen.render import render
+from ..codegen.spec import KernelSpec, SpecError
+from . import cache, fingerprint, settings, targets
+from .errors import NotBuilt, UnsupportedKernel
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Kernel:
+    """A loaded kernel.
+
+    spec, target: what was asked for.
+    text: the rendered source; path: its file in the cache; digest: the content fingerprint (64 hex digits).
+    launch: allocates the outputs, runs the kernel, returns the outputs; its signature is in the source.
+    """
+
+    spec: KernelSpec
+    target: str
+    text: str
+    path: Path
+    digest: str
+    launch: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A spec and target worked out as far as needs no cache."""
+
+    spec: KernelSpec
+    target: targets.Target
+    text: str
+    parts: dict[str, Any]
+    digest: str
+
+
+_kernels: dict[tuple[KernelSpec, str], Kernel] = {}
+_lock = threading.Lock()
+_key_locks: dict[tuple[KernelSpec, str], threading.RLock] = {}
+
+
+def _order(spec: KernelSpec, target: str) -> _Order:
+    chosen = targets.get(target)
+    try:
+        text = render(spec, target)
+    except SpecError as error:
+        raise UnsupportedKernel(str(error)) from error
+    parts = fingerprint.ingredients(spec, target, text, chosen.toolchain())
+    return _Order(spec, chosen, text, parts, fingerprint.digest(parts))
+
+
+def _key_lock(key: tuple[KernelSpec, str]) -> threading.RLock:
+    with _lock:
+        return _key_locks.setdefault(key, threading.RLock())
+
+
+def is_built(spec: KernelSpec, target: str) -> bool:
+    """Whether a valid entry is in the cache: every file present and unchanged. Builds and loads nothing.
+
+    Raises :class:`~.errors.BadArgument` for an unknown target, :class:`~.errors.UnsupportedKernel` for a spec without
+    a template for it, :class:`~.errors.MissingDependency` or :class:`~.errors.MissingCompiler`.
+    """
+    return _find(_order(spec, target)) is not None
+
+
+def try_load(spec: KernelSpec, target: str) -> Kernel | None:
+    """The kernel if it is loaded already or known valid in the cache, else None. Never builds. Raises as :func:`is_built`."""
+    key = (spec, target)
+    kernel = _kernels.get(key)
+    if kernel is not None:
+        return kernel
+    with _key_lock(key):
+        kernel = _kernels.get(key)
+        return kernel if kernel is not None else _open(key, _order(spec, target))
+
+
+def build(spec: KernelSpec, target: str) -> Path:
+    """Make sure a valid entry exists and return its folder. Does nothing when there is one.
+
+    Holds the entry's file lock while building, so that of many processes one builds and the others wait for it.
+    Where the cache folder cannot be written, says so once and builds in a folder private to this process.
+    Raises :class:`~.errors.NotBuilt` when building is needed and forbidden, :class:`~.errors.BuildError`,
+    :class:`~.errors.CacheError` when no folder at all can be written, and as :func:`is_built`.
+    """
+    return _build(_order(spec, target))
+
+
+def load(spec: KernelSpec, target: str) -> Kernel:
+    """The kernel, from memory, else from the cache, else built. Raises as :func:`build`.
+
+    The same object for the same spec and target until :func:`forget`; from memory that takes microseconds.
+    """
+    key = (spec, target)
+    kernel = _kernels.get(key)
+    if kernel is not None:
+        return kernel
+    with _key_lock(key):
+        kernel = _kernels.get(key)
+        if kernel is not None:
+            return kernel
+        order = _order(spec, target)
+        kernel = _open(key, order)
+        if kernel is None:
+            _build(order)
+            kernel = _open(key, order)
+        if kernel is None:  # damaged between the two: once more, where no other process can reach it
+            cache.abandon(settings.get().cache_dir, "an entry was damaged as soon as it was built")
+            _build(order)
+            kernel = _open(key, order)
+        if kernel is None:
+            raise NotBuilt(f"the {spec.kind} kernel for {target} was built twice and could not be read back")
+        return kernel
+
+
+def forget() -> None:
+    """Drop all loaded kernels, so that the next :func:`load` looks at the cache again."""
+    with _lock:
+        _kernels.clear()
+        _key_locks.clear()
+
+
+def _find(order: _Order) -> Path | None:
+    for store in cache.stores(settings.get().cache_dir):
+        if store.check(order.digest, order.target.source_name, order.text) is None:
+            return store.entry(order.digest)
+    return None
+
+
+def _open(key: tuple[KernelSpec, str], order: _Order) -> Kernel | None:
+    folder = _find(order)
+    if folder is None:
+        return None
+    launch = order.target.open(folder, order.spec, order.text, order.digest)
+    kernel = Kernel(order.spec, key[1], order.text, folder / order.target.source_name, order.digest, launch)
+    _kernels[key] = kernel
+    return kernel
+
+
+def _build(order: _Order) -> Path:
+    folder = _find(order)
+    if folder is not None:
+        return folder
+    now = settings.get()
+    if now.no_build:
+        raise NotBuilt(
+            f"the {order.spec.kind} kernel for {order.target.name} is not in {now.cache_dir} and TILEWRIGHT_NO_BUILD "
+            "forbids building it: unset it, or run once with building allowed and the same cache folder"
+        )
+
+    def fill(folder: Path) -> None:
+        order.target.build(folder, order.spec)
+
+    return cache.put(now.cache_dir, order.digest, order.target.source_name, order.text, order.parts, fill)

@@ -1,0 +1,62 @@
+"""What every test shares: the interpreter switch, a private kernel cache, few threads, hypothesis profiles, markers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+# Before anything imports triton: the standard library of the language (tl.sum, tl.max ...) is interpretable only then.
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+_cache_root = tempfile.mkdtemp(prefix="tilewright-tests-")
+os.environ["TILEWRIGHT_CACHE_DIR"] = os.path.join(_cache_root, "cache")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck  # noqa: E402
+from hypothesis import settings as hypothesis_settings  # noqa: E402
+
+torch.set_num_threads(min(2, int(os.environ["OMP_NUM_THREADS"])))
+
+_common = {"deadline": None, "max_examples": 25, "suppress_health_check": [HealthCheck.too_slow]}
+hypothesis_settings.register_profile("default", **_common)
+hypothesis_settings.register_profile("ci", derandomize=True, **_common)
+hypothesis_settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds; `-m 'not slow'` leaves it out")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped with the reason where there is none")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    shutil.rmtree(_cache_root, ignore_errors=True)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Dynamo forgets every compiled frame before and after the test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_cache(tmp_path):
+    """An empty kernel cache for one test; loaded kernels are forgotten before and after. Yields its folder."""
+    from tilewright.runtime import load, settings
+
+    load.forget()
+    with settings.override(cache_dir=tmp_path / "cache"):
+        yield tmp_path / "cache"
+    load.forget()
