@@ -11,6 +11,8 @@ import torch
 import torch.fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+aten = torch.ops.aten
+
 
 def arguments(node: torch.fx.Node) -> dict[str, Any]:
     """The node's arguments by schema name, defaults filled in. Empty for a node that is not an operator call."""
@@ -30,6 +32,69 @@ def arguments(node: torch.fx.Node) -> dict[str, Any]:
 def value(node: Any) -> Any:
     """The fake tensor or symbolic int a node stands for (its ``meta["val"]``); a non-node is its own value."""
     return node.meta.get("val") if isinstance(node, torch.fx.Node) else node
+
+
+_CASTS = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten.to.other,
+        aten.type_as.default,
+        aten._to_copy.default,
+    }
+)
+_COPIES = frozenset({aten.alias.default, aten.contiguous.default, aten.clone.default, aten.lift_fresh_copy.default})
+_RESHAPES = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.expand.default,
+        aten.expand_as.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.repeat.default,
+    }
+)
+_DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default})
+
+
+def is_cast(node: Any) -> bool:
+    """Whether ``node`` converts the dtype of its first argument, or could and does not (``x.to(x.dtype)``)."""
+    return isinstance(node, torch.fx.Node) and node.target in _CASTS
+
+
+def is_identity(node: Any) -> bool:
+    """Whether ``node`` has the values, shape and dtype of its first argument.
+
+    Casts to the same dtype, copies, reshapes to the same shape, full-range slices and dropout that is not active.
+    A detach is none: gradients differ.
+    """
+    if not isinstance(node, torch.fx.Node) or node.op != "call_function":
+        return False
+    target = node.target
+    if target in _COPIES:
+        return True
+    if target in _DROPOUTS:
+        given = arguments(node)
+        return given.get("p") == 0 or given.get("train") is False
+    if target not in _CASTS and target not in _RESHAPES:
+        return False
+    before, after = value(node.args[0]), value(node)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if target in _CASTS:
+        return before.dtype == after.dtype and before.device == after.device
+    if target is aten.slice.Tensor and arguments(node)["step"] != 1:
+        return False
+    return same_sizes(before.shape, after.shape)
+
+
+def peel(item: Any) -> Any:
+    """What is behind a chain of identities."""
+    while is_identity(item):
+        item = item.args[0]
+    return item
 
 
 def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
