@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -74,25 +74,6 @@ class SiteError:
     def measured(self) -> bool:
         return self.max_abs is not None
 
-    @classmethod
-    def between(cls, before: torch.Tensor, after: torch.Tensor) -> SiteError:
-        """Measure in float64. Positions where both are NaN, or the same infinity, count as equal."""
-        a, b = before.detach().double(), after.detach().double()
-        same = (a == b) | (a.isnan() & b.isnan())
-        difference = torch.where(same, torch.zeros_like(a), b - a)
-        if difference.numel() == 0:
-            return cls(0.0, 0.0, math.inf)
-        error = difference.norm().item()
-        signal = torch.where(a.isfinite(), a, torch.zeros_like(a)).norm().item()
-        if error == 0.0:
-            return cls(0.0, 0.0, math.inf)
-        max_abs = math.nan if bool(difference.isnan().any()) else difference.abs().max().item()
-        if math.isnan(error):
-            return cls(max_abs, math.nan, math.nan)
-        if signal == 0.0 or math.isinf(error):
-            return cls(max_abs, math.inf, -math.inf)
-        return cls(max_abs, error / signal, 20.0 * math.log10(signal / error))
-
 
 @dataclass
 class ModelError(SiteError):
@@ -101,7 +82,7 @@ class ModelError(SiteError):
     The rest is for language models (logits over a vocabulary), ``None`` otherwise:
     kl: mean KL divergence of the next-token distribution, before against after, in nats.
     top1_agreement: share of positions whose most likely token stays the same, 0 to 1.
-    perplexity_before, perplexity_after: ``exp`` of the mean next-token loss on the example inputs' own tokens.
+    perplexity_before, perplexity: ``exp`` of the mean next-token loss on the example inputs' own tokens.
     tokens_worse: share of tokens whose loss grew, 0 to 1.
     outputs: error by output name, when the model has several.
     """
@@ -109,7 +90,7 @@ class ModelError(SiteError):
     kl: float | None = None
     top1_agreement: float | None = None
     perplexity_before: float | None = None
-    perplexity_after: float | None = None
+    perplexity: float | None = None
     tokens_worse: float | None = None
     outputs: dict[str, SiteError] = field(default_factory=dict)
 
@@ -165,11 +146,14 @@ class PassReport:
         return worst_error(site.error for site in self.matched)
 
 
-def worst_error(errors: Any) -> SiteError | None:
+def worst_error(errors: Iterable[SiteError | None]) -> SiteError | None:
     """The largest of several errors by relative L2 (NaN counts as largest); unmeasured ones are skipped."""
     measured = [e for e in errors if e is not None and e.measured]
-    rank = lambda x: math.inf if x is None or math.isnan(x) else x
-    return max(measured, key=lambda e: (rank(e.rel_l2), rank(e.max_abs)), default=None)
+    return max(measured, key=lambda e: (_rank(e.rel_l2), _rank(e.max_abs)), default=None)
+
+
+def _rank(value: float | None) -> float:
+    return math.inf if value is None or math.isnan(value) else value
 
 
 @dataclass
@@ -215,7 +199,7 @@ class RaisingReport:
 
 @dataclass
 class Report:
-    """What :func:`tilewright.compile` did. ``print(report)``, rich, notebooks and :meth:`to_dict` show the same facts."""
+    """What :func:`tilewright.compile` did; ``print``, rich, notebooks and :meth:`to_dict` show the same facts."""
 
     passes: list[PassReport] = field(default_factory=list)
     model_error: ModelError | None = None
@@ -242,16 +226,14 @@ class Report:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Rebuild a report from :meth:`to_dict`. Raises KeyError or TypeError when the data is not one."""
-        declined = lambda rows: [DeclinedSite(**row) for row in rows]
-        near = lambda rows: [NearMissSite(**row) for row in rows]
         passes = [
             PassReport(
                 one["name"],
                 one["exactness"],
                 dict(one.get("options", {})),
                 [MatchedSite(**{**row, "error": _error(SiteError, row["error"])}) for row in one["matched"]],
-                declined(one["declined"]),
-                near(one["near_misses"]),
+                _rows(DeclinedSite, one["declined"]),
+                _rows(NearMissSite, one["near_misses"]),
             )
             for one in data["passes"]
         ]
@@ -264,8 +246,8 @@ class Report:
             dict(data["seconds"]),
             RaisingReport(
                 list(raising.get("sites", [])),
-                declined(raising.get("declined", [])),
-                near(raising.get("near_misses", [])),
+                _rows(DeclinedSite, raising.get("declined", [])),
+                _rows(NearMissSite, raising.get("near_misses", [])),
             ),
             list(data.get("warnings", [])),
             data.get("model", ""),
@@ -285,6 +267,10 @@ class Report:
         from .html import fragment
 
         return fragment(self)
+
+
+def _rows(cls: type[Any], rows: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return [cls(**row) for row in rows]
 
 
 def _error(cls: type[Any], row: Mapping[str, Any] | None) -> Any:
