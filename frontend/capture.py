@@ -1,0 +1,230 @@
+"""Capture: a model becomes one flat ``torch.fx.GraphModule`` of pre-dispatch ATen ops, through one of two doors.
+
+Door one, :func:`export_model`, is ``torch.export`` on example inputs: the whole model in one graph. Door two,
+:func:`retrace`, takes a graph Dynamo found and traces it again below ``torch.compile``'s guards, so that both doors
+hand the same kind of graph to raising. Parameters are ``get_attr`` nodes behind door one and placeholders behind
+door two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import itertools
+import logging
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+import torch.utils._pytree as pytree
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..runtime.errors import BadExampleInputs, CaptureError
+
+
+@dataclass
+class Captured:
+    """A model captured through door one.
+
+    module: flat graph module; parameters and buffers are the model's own tensors (tied ones stay tied).
+    in_spec, out_spec: pytree specs of ``(args, kwargs)`` and of the output.
+    dynamic: whether any input size is symbolic.
+    """
+
+    module: torch.fx.GraphModule
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    dynamic: bool
+
+
+def export_model(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None
+) -> Captured:
+    """Capture ``model`` with ``torch.export`` (pre-dispatch, non-strict).
+
+    dynamic_shapes: as for ``torch.export.export``; None makes every size of every input dynamic where the model
+    allows it. Raises :class:`CaptureError` when export fails; the message is export's own first line.
+    """
+    register_pytrees(model)
+    try:
+        if dynamic_shapes is None:
+            program = _export_dynamic(model, args, kwargs)
+        else:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        module = _unlift(program)
+    except Exception as error:  # export has no common error class; the reason goes into the report
+        raise CaptureError(f"torch.export failed: {first_line(error)}") from error
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    flat = copy_module(module)
+    flat.graph.set_codegen(torch.fx.graph.CodeGen())
+    flat.recompile()
+    sizes = itertools.chain.from_iterable(
+        getattr(node.meta.get("val"), "shape", ()) for node in flat.graph.nodes if node.op == "placeholder"
+    )
+    return Captured(flat, in_spec, out_spec, any(isinstance(size, torch.SymInt) for size in sizes))
+
+
+def _unlift(program: Any) -> torch.fx.GraphModule:
+    # torch 2.11 and later both have check_guards; guards of input shapes would refuse sizes that work.
+    if "check_guards" in inspect.signature(program.module).parameters:
+        return program.module(check_guards=False)
+    return program.module()
+
+
+def _export_dynamic(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Export with every size dynamic. A size of 1 cannot be made dynamic, so a batch of 1 is doubled for tracing."""
+    traced_args, traced_kwargs = (args, kwargs)
+    if _is_single_batch((args, kwargs)):
+        traced_args, traced_kwargs = pytree.tree_map_only(torch.Tensor, _double, (args, kwargs))
+    bound = inspect.signature(model.forward).bind(*traced_args, **traced_kwargs).arguments
+    shapes = pytree.tree_map(_all_dynamic, dict(bound))
+    with _quiet("torch._export", "torch.export"):
+        try:
+            return torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception:  # tracing the doubled batch may be what failed; the given inputs decide
+            if traced_args is args:
+                raise
+            bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+            shapes = pytree.tree_map(_all_dynamic, dict(bound))
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _all_dynamic(leaf: Any) -> Any:
+    return {dim: torch.export.Dim.AUTO for dim in range(leaf.dim())} if isinstance(leaf, torch.Tensor) else None
+
+
+def _is_single_batch(inputs: Any) -> bool:
+    """Whether every tensor input has a leading size of 1, which then is taken for the batch."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    return bool(tensors) and all(t.dim() >= 2 and t.shape[0] == 1 for t in tensors)
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor])
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Silence export's warnings about sizes it specialized: a call that does not fit is refused with a sentence."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def register_pytrees(model: torch.nn.Module) -> None:
+    """Let export see through transformers' caches. Registering twice is harmless."""
+    if "transformers" not in sys.modules or not type(model).__module__.startswith("transformers"):
+        return
+    if importlib.util.find_spec("transformers.integrations.executorch") is None:
+        return
+    from transformers.integrations import executorch
+
+    if hasattr(executorch, "register_dynamic_cache_export_support"):
+        executorch.register_dynamic_cache_export_support()
+
+
+def check_example_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs as (tuple, dict). Raises :class:`BadExampleInputs` when the signature does not accept them."""
+    if isinstance(args, torch.Tensor):
+        raise BadExampleInputs("example_inputs must be a tuple of the model's positional inputs: write (x,), not x")
+    if not isinstance(args, tuple | list):
+        raise BadExampleInputs(f"example_inputs must be a tuple, not {type(args).__name__}")
+    if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
+        raise BadExampleInputs("example_kwargs must be a dict of keyword arguments")
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise BadExampleInputs(f"{type(model).__name__}.forward does not accept the example inputs: {error}") from error
+    return tuple(args), dict(kwargs)
+
+
+def retrace(module: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.GraphModule:
+    """Trace a Dynamo graph to pre-dispatch ATen: same inputs in the same order, symbolic sizes kept.
+
+    fakes: the placeholders' fake tensors and symbolic ints. (``torch.export`` would refuse the symbolic ints.)
+    """
+    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+
+    def run(*inputs: Any) -> Any:
+        # The interpreter hands each node's stack trace and module path on to the nodes traced from it.
+        return torch.fx.Interpreter(module).run(*inputs)
+
+    with mode or contextlib.nullcontext(), torch.fx.traceback.preserve_node_meta():
+        return make_fx(run, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+
+
+def placeholder_values(module: torch.fx.GraphModule) -> list[Any]:
+    """What stands behind each placeholder of a Dynamo graph: fake tensors, symbolic ints, constants."""
+    return [
+        node.meta["example_value"] if "example_value" in node.meta else node.meta.get("val")
+        for node in module.graph.nodes
+        if node.op == "placeholder"
+    ]
+
+
+def copy_module(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same graph in a new module that shares parameters and buffers; node names and metadata are kept."""
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    output = graph.graph_copy(module.graph, mapping)
+    old_output = module.graph.output_node()
+    new_output = graph.output(output)
+    new_output.meta = dict(old_output.meta)
+    graph.set_codegen(module.graph._codegen)
+    copied = torch.fx.GraphModule(module, graph)
+    copied.meta = dict(getattr(module, "meta", {}))
+    copied.train(module.training) if not hasattr(module, "_guards_fn") else None
+    return copied
+
+
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
+
+
+class GraphBreaks(logging.Handler):
+    """Listens to Dynamo's graph-break log and keeps ``{"source": "file:line", "reason": ...}`` of each."""
+
+    LOGGER = "torch._dynamo.symbolic_convert.__graph_breaks"
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.found: list[dict[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        place = re.search(r"user code at (.+):(\d+)", text)
+        reason = re.search(r"Graph Break Reason: (.+)", text)
+        if place is None:
+            return
+        entry = {"source": f"{place[1]}:{place[2]}", "reason": reason[1].strip() if reason else ""}
+        if entry not in self.found:
+            self.found.append(entry)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Attach for the time of one call; the logger is left as it was."""
+        logger = logging.getLogger(self.LOGGER)
+        level, propagate = logger.level, logger.propagate
+        logger.addHandler(self)
+        if not logger.isEnabledFor(logging.DEBUG):
+            logger.setLevel(logging.DEBUG)
+            logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+            logger.setLevel(level)
+            logger.propagate = propagate

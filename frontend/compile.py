@@ -1,0 +1,108 @@
+"""``tilewright.compile``: capture, raise, rewrite, validate, lower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..passes.base import Pass
+from ..passes.manager import check_needs
+from ..runtime.announce import announce
+from ..runtime.errors import BadArgument, BadExampleInputs, CaptureError
+from .backend import require_changes
+from .capture import check_example_inputs, first_line
+from .compiled import CompiledModule
+from .options import Options
+from .types import Rest, Target
+
+
+def compile(
+    model: torch.nn.Module,
+    passes: Sequence[Pass] | str = (),
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    target: Target = "auto",
+    rest: Rest = "inductor",
+    strict: bool = False,
+    validate: bool = True,
+    calibration: Sequence[Any] | None = None,
+) -> CompiledModule:
+    """Rewrite ``model`` with ``passes`` and return a module that is called the same way.
+
+    model: any ``nn.Module``; it is not modified, and its weights are shared, not copied.
+    passes: pass objects, or text such as ``"two-pass-softmax,sigmoid-attention{bias=-1.5}"``. They are sorted by what
+        they require; an illegal combination is refused in a sentence.
+    example_inputs, example_kwargs: positional and keyword inputs. With them the model is captured now, whole, by
+        ``torch.export``; where that fails, and without them, at the first call through Dynamo.
+    dynamic_shapes: as for ``torch.export.export``. None lets every input size vary that the model allows to.
+    target: what runs the canonical ops. ``auto``: Triton for CUDA tensors, C++ for CPU tensors where there is a
+        kernel, else the reference form. ``triton-interpret`` runs the Triton kernels on the CPU, slowly.
+    rest: what runs everything else: Torch Inductor, or eager PyTorch.
+    strict: raise when a pass changed nothing.
+    validate: run every rewritten site before and after on the example inputs, and measure the whole model's error.
+    calibration: batches for passes that fit themselves to activations, each a tensor, a tuple or a dict of inputs.
+        The first one serves as example inputs when there are none.
+
+    Raises a :class:`~tilewright.runtime.errors.TilewrightError` before anything is changed: ``UnknownPass``,
+    ``BadPassOption``, ``IllegalPassCombination``, ``BadArgument``, ``BadExampleInputs``, ``CalibrationNeeded``,
+    ``CaptureError``, ``PassChangedNothing`` (strict), ``ValidationError``.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise BadArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, CompiledModule):
+        raise BadArgument("this module is compiled already: compile the original model with all passes at once")
+    options = Options.make(passes, target, rest, strict, validate)
+    batches = [as_call(batch) for batch in calibration or ()]
+    check_needs(options.passes, batches)
+    if example_inputs is None and example_kwargs is None and batches:
+        example_inputs, example_kwargs = batches[0]
+    compiled = CompiledModule(model, options)
+    if example_inputs is None and example_kwargs is None:
+        if dynamic_shapes is not None:
+            raise BadArgument("dynamic_shapes describes example inputs: give example_inputs or example_kwargs too")
+        return compiled
+    args, kwargs = check_example_inputs(model, () if example_inputs is None else example_inputs, example_kwargs or {})
+    for batch_args, batch_kwargs in batches:
+        check_example_inputs(model, batch_args, batch_kwargs)
+    try:
+        compiled.capture_export(args, kwargs, dynamic_shapes, batches)
+    except CaptureError as error:
+        _check_runs(model, args, kwargs, error)
+        compiled.fallback_reason = str(error)
+        announce(f"{type(model).__name__}: {error}; capturing through Dynamo instead", key=f"door:{error}")
+        compiled.calibrate_from(batches)
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            compiled(*args, **kwargs)
+        return compiled
+    if strict:
+        require_changes(options, compiled.records)
+    return compiled
+
+
+def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A calibration batch as (args, kwargs). Raises :class:`BadArgument` for anything but tensor, tuple or mapping."""
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, dict) or hasattr(batch, "keys"):  # transformers' BatchEncoding is a mapping, not a dict
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        if len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict):
+            return batch[0], dict(batch[1])
+        return tuple(batch), {}
+    raise BadArgument(f"a calibration batch is a tensor, a tuple or a dict of inputs, not {type(batch).__name__}")
+
+
+def _check_runs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cause: CaptureError) -> None:
+    """Tell inputs the model refuses from a model that export refuses."""
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # whatever the model raises on its own inputs is the user's to see
+        raise BadExampleInputs(
+            f"{type(model).__name__} itself fails on the example inputs: {first_line(error)}"
+        ) from error
+    if cause.__cause__ is None:
+        raise cause

@@ -1,0 +1,44 @@
+"""The arguments of ``compile`` and of the backend, checked before anything happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from ..passes.base import Pass
+from ..passes.manager import sort_passes
+from ..passes.parse import parse_passes
+from ..runtime.errors import BadArgument
+from .types import Rest, Target
+
+
+@dataclass(frozen=True)
+class Options:
+    """See :func:`tilewright.compile` for the meaning of each."""
+
+    passes: tuple[Pass, ...] = ()
+    target: Target = "auto"
+    rest: Rest = "inductor"
+    strict: bool = False
+    validate: bool = True
+
+    @staticmethod
+    def make(
+        passes: Sequence[Pass] | str = (),
+        target: str = "auto",
+        rest: str = "inductor",
+        strict: bool = False,
+        validate: bool = True,
+    ) -> Options:
+        """Check and normalise. ``passes`` may be the command line's text.
+
+        Raises :class:`~tilewright.runtime.errors.TilewrightError` subclasses naming the argument and its choices.
+        """
+        if isinstance(passes, Pass):
+            raise BadArgument(f"passes is a list: write passes=[{type(passes).__name__}(...)]")
+        given: Any = parse_passes(passes) if isinstance(passes, str) else passes
+        for name, got, choices in (("target", target, get_args(Target)), ("rest", rest, get_args(Rest))):
+            if got not in choices:
+                raise BadArgument(f"{name} is {got!r}, but must be one of {', '.join(choices)}")
+        return Options(tuple(sort_passes(given)), target, rest, bool(strict), bool(validate))  # type: ignore[arg-type]
