@@ -1,7 +1,7 @@
 """The kernel cache on disk: entries named by content, written atomically, checked byte by byte before use.
 
     <cache folder>/               mode 0700: code that will be executed lives here
-        kernels/<digest>/         one entry (first 32 hex digits): kernel.py, spec.json, what the target built, meta.json
+        kernels/<digest>/         one entry (first 32 hex digits): source, spec.json, what was built, meta.json
         building/<digest>.<random>/  an entry being written; renamed into kernels/ when complete
         locks/<digest>.lock       held while building or replacing that entry
         tuning/                   winners of autotuning (see .autotune)
@@ -326,7 +326,7 @@ def put(
         try:
             return _put(Store(root), digest, source_name, text, parts, fill)
         except OSError as error:
-            abandon(root, f"{error.strerror or error} ({error.filename or root})")
+            abandon(root, _why(error, root))
     try:
         return _put(Store(_private[root]), digest, source_name, text, parts, fill)
     except OSError as error:
@@ -361,8 +361,8 @@ def abandon(root: Path, reason: str) -> Path:
                 folder = Path(tempfile.mkdtemp(prefix="tilewright-"))
             except OSError as error:
                 raise CacheError(
-                    f"the kernel cache {root} cannot be written ({reason}) and neither can a temporary folder ({error}): "
-                    "free some space, or point TILEWRIGHT_CACHE_DIR at a folder you can write"
+                    f"the kernel cache {root} cannot be written ({reason}) and no temporary folder can be made "
+                    f"({error}): free some space, or point TILEWRIGHT_CACHE_DIR at a folder you can write"
                 ) from error
             atexit.register(_remove_private, folder, os.getpid())
             _private[root] = folder
@@ -379,9 +379,28 @@ def _remove_private(folder: Path, pid: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def working_folder(root: Path) -> Path:
-    """The folder this process really writes to: ``root``, or the private one that stands in for it."""
-    return _private.get(root, root)
+def working_folder(root: Path, name: str) -> Path:
+    """``root/name``, made if need be; below the private folder where ``root`` cannot be written, which is announced.
+
+    Raises :class:`~.errors.CacheError` when no folder can be made.
+    """
+    if root not in _private:
+        try:
+            Store(root).prepare()
+            (root / name).mkdir(mode=0o700, exist_ok=True)
+            return root / name
+        except OSError as error:
+            abandon(root, _why(error, root))
+    folder = _private[root] / name
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"the temporary folder {folder} cannot be made: {error}: point TMPDIR elsewhere") from error
+    return folder
+
+
+def _why(error: OSError, root: Path) -> str:
+    return f"{error.strerror or error} ({error.filename or root})"
 
 
 def status(root: Path | None = None) -> CacheStatus:
@@ -426,7 +445,7 @@ def why_unwritable(root: Path) -> str | None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return f"{error.strerror or error} ({error.filename or root})"
+        return _why(error, root)
     return None
 
 

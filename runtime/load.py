@@ -80,7 +80,10 @@ def is_built(spec: KernelSpec, target: str) -> bool:
 
 
 def try_load(spec: KernelSpec, target: str) -> Kernel | None:
-    """The kernel if it is loaded already or known valid in the cache, else None. Never builds. Raises as :func:`is_built`."""
+    """The kernel if it is loaded already or known valid in the cache, else None. Never builds.
+
+    Raises as :func:`is_built`, and :class:`~.errors.BuildError` when a valid entry does not load.
+    """
     key = (spec, target)
     kernel = _kernels.get(key)
     if kernel is not None:

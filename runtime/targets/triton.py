@@ -27,7 +27,8 @@ def versions() -> dict[str, str]:
     try:
         import triton
     except ImportError as error:
-        raise MissingDependency(f"the triton targets need triton, which does not import ({error}): pip install triton")
+        message = f"the triton targets need triton, which does not import ({error}): pip install triton"
+        raise MissingDependency(message) from error
     return {"torch": torch.__version__, "triton": triton.__version__}
 
 

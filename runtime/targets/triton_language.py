@@ -17,10 +17,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Interpreted launches change process-wide state of the triton package, so there is one at a time.
@@ -138,5 +139,49 @@ def _restore(scope: Any, names: dict[str, Any]) -> None:
             delattr(scope, name)
 
 
+# Set before this process imported us: the user's wish. Inductor sets the variable too, but later.
+_user_cache_dir = os.environ.get("TRITON_CACHE_DIR")
+
+
+@contextlib.contextmanager
+def compile_mode() -> Iterator[None]:
+    """:func:`language_mode` for compiling, with Triton's own binary cache below our cache folder.
+
+    ``TRITON_CACHE_DIR`` or ``triton.knobs.cache.dir`` set by the user before Tilewright was imported stays in force.
+    """
+    from triton import knobs
+
+    from .. import cache, settings
+
+    with language_mode(interpret=False):
+        knob = knobs.cache.__dict__
+        ours = _user_cache_dir is None and "dir" not in knob
+        if ours:
+            knob["dir"] = str(cache.working_folder(settings.get().cache_dir, "triton"))
+        try:
+            yield
+        finally:
+            if ours:
+                del knob["dir"]
+
+
 def compile_below(module: types.ModuleType) -> None:
-    """Let the module's kernels compile in compiled mode (see :func:`language_mode`), their binaries in our cache."""
+    """Let the module's kernels be compiled in :func:`compile_mode` when they are launched.
+
+    Wraps ``JITFunction._do_compile``, which Triton calls only for argument types it has not compiled yet, so a launch
+    in steady state passes nothing of ours.
+    """
+    from triton.runtime.jit import JITFunction
+
+    for value in vars(module).values():
+        if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__:
+            value._do_compile = _in_compile_mode(value._do_compile)
+
+
+def _in_compile_mode(compile_function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compile_function)
+    def compiling(*args: Any, **kwargs: Any) -> Any:
+        with compile_mode():
+            return compile_function(*args, **kwargs)
+
+    return compiling
