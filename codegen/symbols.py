@@ -11,8 +11,7 @@ parsed through a whitelist of syntax, never evaluated; :func:`mask_text` prints 
 has one text. The empty text hides nothing. Grammar: comparisons (chains too), ``& | ~`` and ``and or not``,
 ``+ - *``, ``//`` and ``%`` by a positive literal (rounding down, as in Python), integer literals, parentheses.
 
-:func:`bounds` turns a mask into closed-form limits of one index in terms of the other, and :func:`interval` turns
-those into limits over a tile: with them a kernel loops over the key tiles it needs and no others.
+codegen/bounds.py derives loop limits from masks.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -408,140 +407,6 @@ def _add(a: Any, b: Any) -> Any:
 
 def _mul(a: Any, b: Any) -> Any:
     return a * b
-
-
-# ---------------------------------------------------------------------------------------------------------- bounds
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Limits of one index that hold wherever the mask is true.
-
-    lower, upper: expressions without the index; visible means ``max(lower) <= index`` and ``index < min(upper)``.
-    exact: whether the limits are the whole mask. If not, there is more to check inside them.
-    """
-
-    lower: tuple[sympy.Expr, ...]
-    upper: tuple[sympy.Expr, ...]
-    exact: bool
-
-
-@functools.lru_cache(maxsize=512)
-def bounds(mask: Boolean | str, index: sympy.Symbol = K) -> Bounds:
-    """Closed-form limits of ``index`` from the conjuncts of ``mask`` that can be solved for it.
-
-    Solvable: comparisons linear in ``index`` or in ``index // c``, such as ``k_idx > q_idx - 256`` or
-    ``k_idx // 64 == q_idx // 64``. A conjunct that does not mention ``index`` is not a limit and makes the result
-    inexact, as do disjunctions and ``!=``.
-    """
-    mask = parse_mask(mask) if isinstance(mask, str) else canonical(mask)
-    terms: Iterable[Boolean] = mask.args if isinstance(mask, And) else (mask,)
-    lower: list[sympy.Expr] = []
-    upper: list[sympy.Expr] = []
-    exact = True
-    for term in terms:
-        if isinstance(term, BooleanTrue):
-            continue
-        solved = _solve(term, index) if isinstance(term, Relational) else None
-        if solved is None:
-            exact = False
-            continue
-        low, high = solved
-        if low is not None:
-            lower.append(low)
-        if high is not None:
-            upper.append(high)
-
-    def ordered(limits: list[sympy.Expr]) -> tuple[sympy.Expr, ...]:
-        return tuple(sorted(set(limits), key=lambda e: _print(e, _OR, PYTHON)))
-
-    return Bounds(ordered(lower), ordered(upper), exact)
-
-
-def k_bounds(mask: Boolean | str) -> Bounds:
-    """:func:`bounds` of ``k_idx`` in terms of ``q_idx``."""
-    return bounds(mask, K)
-
-
-def _solve(relation: Relational, index: sympy.Symbol) -> tuple[sympy.Expr | None, sympy.Expr | None] | None:
-    """(inclusive lower, exclusive upper) of ``index`` equivalent to the relation, or None when it cannot be solved."""
-    difference = sympy.expand(relation.lhs - relation.rhs)  # difference rel 0
-    terms = difference.as_coefficients_dict()
-    holding = [term for term in terms if index in term.free_symbols]
-    if len(holding) != 1 or relation.rel_op == "!=":
-        return None
-    (term,) = holding
-    coefficient = int(terms[term])
-    rest = difference - coefficient * term
-    # coefficient * term + rest rel 0, as low <= term < high
-    flipped = coefficient < 0
-    size = abs(coefficient)
-
-    def floor_div(e: sympy.Expr) -> sympy.Expr:
-        return e if size == 1 else sympy.floor(e / size)
-
-    low: sympy.Expr | None
-    high: sympy.Expr | None
-    match relation.rel_op:
-        case "==":
-            if size != 1:
-                return None
-            value = rest if flipped else -rest
-            low, high = value, value + 1
-        case "<=" if not flipped:  # size * term <= -rest
-            low, high = None, floor_div(-rest) + 1
-        case "<=":  # size * term >= rest
-            low, high = floor_div(rest + size - 1), None
-        case ">" if not flipped:  # size * term >= 1 - rest
-            low, high = floor_div(-rest + size), None
-        case ">":  # size * term < rest
-            low, high = None, floor_div(rest - 1) + 1
-        case _:
-            return None
-    if term is index:
-        return low, high
-    if isinstance(term, sympy.floor):
-        value, divisor = sympy.fraction(sympy.together(term.args[0]))
-        if value is index and divisor.is_Integer:
-            # low <= index // c < high is c * low <= index < c * high.
-            return (
-                None if low is None else sympy.expand(divisor * low),
-                None if high is None else sympy.expand(divisor * high),
-            )
-    return None
-
-
-def interval(
-    expression: sympy.Expr, index: sympy.Symbol, first: sympy.Expr, last: sympy.Expr
-) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """(least, greatest) value of ``expression`` for ``first <= index <= last``, as expressions without ``index``.
-
-    Structural interval arithmetic: exact for expressions that hold ``index`` once, an enclosure otherwise. None when
-    the expression has a form it does not know (a product of the index with another symbol).
-    """
-    if index not in expression.free_symbols:
-        return expression, expression
-    if expression is index:
-        return first, last
-    if expression.is_Add:
-        parts = [interval(term, index, first, last) for term in expression.args]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
-            return None
-        return sympy.Add(*(part[0] for part in known)), sympy.Add(*(part[1] for part in known))
-    if expression.is_Mul:
-        coefficient, rest = expression.as_coeff_Mul()
-        inner = interval(rest, index, first, last) if coefficient != 1 else None
-        if inner is None:
-            return None
-        ends = (coefficient * inner[0], coefficient * inner[1])
-        return ends if coefficient > 0 else ends[::-1]
-    if isinstance(expression, sympy.floor):
-        inner = interval(expression.args[0], index, first, last)
-        return None if inner is None else (sympy.floor(inner[0]), sympy.floor(inner[1]))
-    if isinstance(expression, sympy.Mod):
-        return sympy.Integer(0), expression.args[1] - 1
-    return None
 
 
 # -------------------------------------------------------------------------------------------------------- builders

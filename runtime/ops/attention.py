@@ -1,4 +1,4 @@
-"""``tilewright::attention``: softmax or sigmoid attention with symbolic masks, additive or boolean bias and grouped heads.
+"""``tilewright::attention``: softmax or sigmoid attention with symbolic masks, bias and grouped heads.
 
     softmax   out = softmax_k(scale * q.k + bias) v                 over the visible keys
     sigmoid   out = sum_k sigmoid(scale * q.k + bias + shift) v     over the visible keys
@@ -27,8 +27,8 @@ _CAUSAL_END = symbols.causal(end_aligned=True)
 # With u the unit roundoff of the dtype (2^-24, 2^-11, 2^-8), inputs of order one and weights that sum to about one:
 # storing the output costs u |out|, and rounding the weights to the dtype before they meet v (as flash kernels and
 # torch's do) costs u max|v|, where max|v| is about 4 for normal values: rtol u, atol 4u, doubled for the rounding of
-# intermediate results. float32 rounds inside the dot products instead: a score is off by at most D u |q||k| scale, about
-# 64 * 5 u for D = 64, which is the weights' relative error.
+# intermediate results. float32 rounds inside the dot products instead: a score is off by at most D u |q||k| scale,
+# about 64 * 5 u for D = 64, which is the weights' relative error.
 TOLERANCE = {
     torch.float64: Tolerance(atol=1e-12, rtol=1e-12),
     torch.float32: Tolerance(atol=2e-5, rtol=2e-5),
