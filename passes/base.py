@@ -114,7 +114,7 @@ class Builder:
         self.before = before
         self.inserted: list[Node] = []
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Node:
         """Insert ``target(*args, **kwargs)``; shapes and dtypes are inferred by running it on fake tensors."""
         graph = self.view.graph
         if isinstance(target, torch._ops.OpOverload):
