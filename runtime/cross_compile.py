@@ -65,7 +65,7 @@ class CompiledKernelInfo:
         binary does not say.
     stack_bytes: local memory of one thread; above zero means registers were spilled or an array is indexed by a
         run-time value.
-    asm: every stage's text or binary by kind (``ttir``, ``ttgir``, ``llir``, ``ptx``, ``cubin``, ``amdgcn``, ``hsaco``).
+    asm: each stage's text or binary by kind (``ttir``, ``ttgir``, ``llir``, ``ptx``, ``cubin``, ``amdgcn``, ``hsaco``).
     """
 
     kernel: str

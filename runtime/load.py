@@ -11,7 +11,9 @@ what was built.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from ..codegen.render import render
 from ..codegen.spec import KernelSpec, SpecError
 from . import cache, fingerprint, settings, targets
-from .errors import NotBuilt, UnsupportedKernel
+from .errors import NotBuilt, TilewrightError, UnsupportedKernel
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -129,6 +131,60 @@ def load(spec: KernelSpec, target: str) -> Kernel:
         if kernel is None:
             raise NotBuilt(f"the {spec.kind} kernel for {target} was built twice and could not be read back")
         return kernel
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What became of one kernel of :func:`build_many`. path: its folder, or None and ``error`` says why.
+
+    built: whether it had to be built (or waited for). seconds: wall time it took.
+    """
+
+    spec: KernelSpec
+    target: str
+    path: Path | None
+    built: bool
+    seconds: float
+    error: Exception | None = None
+
+
+def build_many(
+    wanted: Iterable[tuple[KernelSpec, str]],
+    on_done: Callable[[BuildResult], None] | None = None,
+    jobs: int | None = None,
+) -> list[BuildResult]:
+    """:func:`build` for many (spec, target) pairs at once, each different pair once, in their order.
+
+    on_done: called in the calling thread as each is finished, in the order they finish (for a progress bar).
+    jobs: how many at the same time (default: the setting ``build_jobs``).
+    A kernel that does not build is reported in its result and stops no other. What is no
+    :class:`~.errors.TilewrightError` (a defect of ours) is raised after the others have finished.
+    """
+    pairs = list(dict.fromkeys(wanted))
+    if not pairs:
+        return []
+
+    def one(pair: tuple[KernelSpec, str]) -> BuildResult:
+        spec, target = pair
+        start = time.perf_counter()
+        found = None
+        try:
+            order = _order(spec, target)
+            found = _find(order)
+            path, error = found or _build(order), None
+        except TilewrightError as caught:
+            path, error = None, caught
+        return BuildResult(spec, target, path, found is None and error is None, time.perf_counter() - start, error)
+
+    jobs = min(len(pairs), jobs or settings.get().build_jobs)
+    results: dict[tuple[KernelSpec, str], BuildResult] = {}
+    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="tilewright-build") as pool:
+        for future in as_completed([pool.submit(one, pair) for pair in pairs]):
+            result = future.result()
+            results[(result.spec, result.target)] = result
+            if on_done is not None:
+                on_done(result)
+    return [results[pair] for pair in pairs]
 
 
 def forget() -> None:

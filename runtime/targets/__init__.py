@@ -48,6 +48,10 @@ class Target(Protocol):
         """
         ...
 
+    def device(self) -> str | None:
+        """Name of the device whose timings decide autotuning, None where timing a kernel means nothing."""
+        ...
+
 
 _MODULES = {"triton": ".triton", "triton-interpret": ".triton"}
 _targets: dict[str, Target] = {}

@@ -77,9 +77,6 @@ class _TritonTarget:
     source_name = "kernel.py"
     name: str
 
-    def toolchain(self) -> dict[str, str]:
-        raise NotImplementedError
-
     def build(self, folder: Path, spec: KernelSpec) -> None:
         """Nothing to compile ahead: Triton compiles at the first launch, per argument types. Only check the syntax."""
         source = folder / self.source_name
@@ -99,6 +96,11 @@ class TritonTarget(_TritonTarget):
     def toolchain(self) -> dict[str, str]:
         return {**versions(), "capability": device_capability()}
 
+    def device(self) -> str | None:
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
     def open(self, folder: Path, spec: KernelSpec, text: str, digest: str) -> Callable[..., Any]:
         from .triton_language import compile_below
 
@@ -116,6 +118,10 @@ class TritonInterpretTarget(_TritonTarget):
         import numpy
 
         return {**versions(), "numpy": numpy.__version__}
+
+    def device(self) -> str | None:
+        """None: how long the interpreter takes says nothing about a GPU."""
+        return None
 
     def open(self, folder: Path, spec: KernelSpec, text: str, digest: str) -> Callable[..., Any]:
         from .triton_language import language_mode
