@@ -82,7 +82,7 @@ class ModelError(SiteError):
     The rest is for language models (logits over a vocabulary), ``None`` otherwise:
     kl: mean KL divergence of the next-token distribution, before against after, in nats.
     top1_agreement: share of positions whose most likely token stays the same, 0 to 1.
-    perplexity_before, perplexity: ``exp`` of the mean next-token loss on the example inputs' own tokens.
+    perplexity_before, perplexity_after: ``exp`` of the mean next-token loss on the example inputs' own tokens.
     tokens_worse: share of tokens whose loss grew, 0 to 1.
     outputs: error by output name, when the model has several.
     """
@@ -90,7 +90,7 @@ class ModelError(SiteError):
     kl: float | None = None
     top1_agreement: float | None = None
     perplexity_before: float | None = None
-    perplexity: float | None = None
+    perplexity_after: float | None = None
     tokens_worse: float | None = None
     outputs: dict[str, SiteError] = field(default_factory=dict)
 

@@ -222,8 +222,8 @@ def model_error_facts(error: Any) -> list[tuple[str, str]]:
         facts.append(("KL", f"{error.kl:.3g} nats"))
     if error.top1_agreement is not None:
         facts.append(("top-1 agreement", f"{100 * error.top1_agreement:.2f} %"))
-    if error.perplexity_before is not None and error.perplexity is not None:
-        facts.append(("perplexity", f"{error.perplexity_before:.3f} -> {error.perplexity:.3f}"))
+    if error.perplexity_before is not None and error.perplexity_after is not None:
+        facts.append(("perplexity", f"{error.perplexity_before:.3f} -> {error.perplexity_after:.3f}"))
     if error.tokens_worse is not None:
         facts.append(("tokens made worse", f"{100 * error.tokens_worse:.1f} %"))
     return facts
