@@ -27,7 +27,7 @@ import torch.fx
 from ..passes.site import Site, get_site, set_site
 from ..passes.view import value
 from ..runtime.errors import SaveError
-from ..runtime.ops import OPS
+from ..runtime.ops import HELPERS, OPS
 
 Node = torch.fx.Node
 
@@ -226,7 +226,7 @@ def find_target(name: str) -> Callable[..., Any]:
         return FUNCTIONS[name]
     parts = name.split(".")
     known = len(parts) == 3 and parts[0] in NAMESPACES and all(part.isidentifier() for part in parts)
-    if not known or parts[1] in FORBIDDEN or (parts[0] == "tilewright" and parts[1] not in OPS):
+    if not known or parts[1] in FORBIDDEN or (parts[0] == "tilewright" and parts[1] not in OPS | HELPERS):
         raise SaveError(f"the file calls {name!r}, which is not among the operators a saved graph may call")
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     overload = getattr(packet, parts[2], None) if packet is not None else None

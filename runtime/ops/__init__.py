@@ -1,11 +1,12 @@
 """The canonical ops. Importing this package registers them under ``torch.ops.tilewright``."""
 
-from .registry import OPS, CanonicalOp, Tolerance, canonical, is_canonical
+from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canonical
 
 # Each module registers its op on import; a new op is one more file and one more name here.
-from . import attention, gated_mlp, layer_norm, linear, rms_norm, rope, softmax  # isort: skip
+from . import attention, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
 
 __all__ = [
+    "HELPERS",
     "OPS",
     "CanonicalOp",
     "Tolerance",
@@ -18,4 +19,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "softmax",
+    "visible_keys",
 ]

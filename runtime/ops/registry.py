@@ -49,6 +49,8 @@ class CanonicalOp:
 
 
 OPS: dict[str, CanonicalOp] = {}
+HELPERS: dict[str, Any] = {}
+"""Name -> overload of composite ops that passes put beside canonical ones; they never become kernels."""
 
 
 def canonical(
@@ -76,6 +78,15 @@ def reference_only(name: str, target: str) -> None:
     """
     if target != "reference":
         raise UnsupportedKernel(f"{name} has no kernel for target {target!r}: call it with target='reference'")
+
+
+def helper(schema: str, composite: Callable[..., torch.Tensor]) -> Any:
+    """Define ``tilewright::<schema>`` as a composite op that is no canonical op, and return its overload."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, composite, "CompositeImplicitAutograd")
+    HELPERS[name] = getattr(torch.ops.tilewright, name).default
+    return HELPERS[name]
 
 
 def is_canonical(target: Any) -> bool:
