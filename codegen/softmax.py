@@ -29,7 +29,7 @@ def collapse(sizes: list, *strides: list) -> list:
     Dimensions of size 1 go; the others are sorted by the first tensor's stride, because rows are independent and
     neighbouring rows should be neighbours in memory; two that every tensor steps through evenly become one.
     """
-    dims = [(size, steps) for size, *steps in zip(sizes, *strides) if size != 1]
+    dims = [(size, steps) for size, *steps in zip(sizes, *strides) if size != 1][::-1]
     dims.sort(key=lambda dim: (dim[1][0] == 0, dim[1][0]))
     merged = []
     for size, steps in dims:
@@ -203,7 +203,15 @@ def next_power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def choose_tile(n: int, rows: int, contiguous: str, one_read: bool) -> tuple[int, int, int]:
+def fits_on_chip(n: int, contiguous: str = "cols", held: int = 1) -> bool:
+    """Whether one-read kernels hold rows of ``n`` elements, of ``held`` tensors at a time, and still load wide.
+
+    Rows whose elements are far apart are read 8 neighbouring rows at a time.
+    """
+    return next_power_of_two(n) * (8 if contiguous == "rows" else 1) * held <= MAX_TILE
+
+
+def choose_tile(n: int, rows: int, contiguous: str, one_read: bool, held: int = 1) -> tuple[int, int, int]:
     """The shipped default ``(block_rows, block_cols, num_warps)`` for rows of ``n`` elements.
 
     One-read tiles hold the row. Tiles of the others hold 4096 elements: long along the contiguous axis, so that a
@@ -214,12 +222,12 @@ def choose_tile(n: int, rows: int, contiguous: str, one_read: bool) -> tuple[int
         cols = next_power_of_two(n) if one_read else min(next_power_of_two(n), 4096)
         height = max(1, min(rows, 2048 // cols))
     else:
-        height = min(rows, 64 if not one_read else max(8, min(64, MAX_TILE // next_power_of_two(n))))
+        height = min(rows, 64 if not one_read else max(1, min(64, MAX_TILE // held // next_power_of_two(n))))
         cols = next_power_of_two(n) if one_read else max(1, min(next_power_of_two(n), 4096 // height))
     tile = height * cols
     warps = 1 if tile <= 256 else 4 if tile <= 4096 else 8 if tile <= 16384 else 16
-    if not one_read and tile >= 4096:
-        warps = 8
+    if (not one_read and tile >= 4096) or (held > 1 and tile >= 4096):
+        warps = min(2 * warps, 16)
     return height, cols, warps
 
 
