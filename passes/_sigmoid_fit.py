@@ -73,8 +73,8 @@ class Rows:
 class Sample:
     """What calibration keeps of one attention: some rows of random sequences, and a query regression over all of them.
 
-    Sequences are kept by random keys drawn from a generator seeded with the site's name: the ones with the smallest keys
-    that fit :data:`SAMPLE_BYTES`. So the sample is uniform over everything observed, and the same at every run.
+    Sequences are kept by random keys drawn from a generator seeded with the site's name: the ones with the smallest
+    keys that fit :data:`SAMPLE_BYTES`. So the sample is uniform over all that was observed, and the same at every run.
     """
 
     name: str
@@ -124,7 +124,7 @@ class Sample:
                 v[entry].clone(),
                 _pick(visible, entry, chosen),
                 _pick(bias, entry, chosen),
-                _pick(count, entry, chosen).expand(-1, len(chosen), -1),
+                _rows_of(count, entry, chosen).expand(-1, len(chosen), -1),
                 values["scale"],
             )
             if self.regress:
@@ -154,8 +154,8 @@ def _real_rows(
 ) -> Tensor:
     """(q_len,) bool: rows that see a key and are no padding.
 
-    A padded query is not marked as such. In self-attention (as many keys as queries) it is one that does not see its own
-    position; where that leaves nothing (a mask that hides every own position) all rows count.
+    A padded query is not marked as such. In self-attention (as many keys as queries) it is one that does not see its
+    own position; where that leaves nothing (a mask that hides every own position) all rows count.
     """
     seeing = (_entry(count, entry) > 0).any(0).squeeze(-1).expand(q_len)
     if q_len != k_len:
@@ -174,8 +174,10 @@ def _entry(t: Tensor, entry: int) -> Tensor:
 
 
 def _pick(t: Tensor | None, entry: int, rows: Tensor) -> Tensor | None:
-    if t is None:
-        return None
+    return None if t is None else _rows_of(t, entry, rows)
+
+
+def _rows_of(t: Tensor, entry: int, rows: Tensor) -> Tensor:
     one = _entry(t, entry)
     return (one[:, rows] if one.shape[1] > 1 else one).clone()
 

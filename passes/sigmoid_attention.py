@@ -53,8 +53,11 @@ class SigmoidAttention(Pass):
     follow_queries: bool = False
 
     def __post_init__(self) -> None:
-        number = isinstance(self.bias, int | float) and not isinstance(self.bias, bool)
-        if number and not math.isfinite(self.bias) or not number and self.bias not in ("-log_n", "calibrated"):
+        if isinstance(self.bias, int | float) and not isinstance(self.bias, bool):
+            good = math.isfinite(self.bias)
+        else:
+            good = self.bias in ("-log_n", "calibrated")
+        if not good:
             raise BadPassOption(
                 f"sigmoid-attention: bias is {self.bias!r}, but must be a finite number, '-log_n' or 'calibrated'"
             )
@@ -85,15 +88,15 @@ class SigmoidAttention(Pass):
         sample = site.state.get("sample")
         if sample is None:
             raise CalibrationNeeded(
-                "sigmoid-attention with bias='calibrated' saw no activations of this attention: give calibration inputs",
+                "sigmoid-attention{bias=calibrated} saw no activations of this attention: give calibration inputs",
                 site=site.site.id,
                 source=site.site.source,
             )
-        before, *fits = fit_biases(sample) or [None]
-        if before is None:
+        fits = fit_biases(sample)
+        if not fits:
             return Decline("no row of the calibration inputs sees a key")
-        fit = self._choose(fits)
-        return Rewrite(lambda builder: self._build(builder, site, fit), _details(sample, before, fit))
+        fit = self._choose(fits[1:])
+        return Rewrite(lambda builder: self._build(builder, site, fit), _details(sample, fits[0], fit))
 
     def _choose(self, fits: list[Fit]) -> Fit:
         named = {fit.form: fit for fit in fits}
@@ -105,10 +108,12 @@ class SigmoidAttention(Pass):
     def _build(self, builder: Builder, site: SiteContext, fit: Fit | None) -> Node:
         named = arguments(site.node)
         q = named["q"]
-        if fit is None:
-            shift = negative_log_count(builder, named) if self.bias == "-log_n" else _scalar(builder, q, self.bias)
-        else:
+        if fit is not None:
             shift = _fitted(builder, named, site.site.id, fit)
+        elif isinstance(self.bias, str):
+            shift = negative_log_count(builder, named)
+        else:
+            shift = _scalar(builder, q, self.bias)
         return builder.call(site.node.target, **(named | {"normalizer": "sigmoid", "shift": shift}))
 
 

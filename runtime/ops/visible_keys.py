@@ -20,9 +20,10 @@ from .registry import helper
 MASKED_AT = -5000.0
 """A float bias at or below this hides its key.
 
-Masks are added as ``-inf``, the dtype's minimum, -1e9 or, in older BERT code, -1e4, which bfloat16 rounds to -9984 and
-a dtype's minimum plus a position bias stays far below. Half of -1e4 takes in all of them, and no key that a softmax would
-look at: beside one key whose bias is 200 higher a float64 softmax weighs it exactly 0, and its sigmoid is exactly 0 too.
+Masks are added as ``-inf``, the dtype's minimum, -1e9 or, in older BERT code, -1e4, which bfloat16 rounds to -9984; a
+position bias on top changes little. Half of -1e4 takes in all of them. A real bias as low as that belongs to a key that
+attention ignores anyway: unless its score makes up for thousands, its sigmoid is exactly 0, and so is its softmax
+weight beside any ordinary key.
 """
 
 
@@ -30,9 +31,9 @@ def count_visible(q: Tensor, k: Tensor, bias: Tensor | None = None, *, mask: str
     """Number of visible keys of each query, int64, broadcastable to (B, Hq, Lq, 1).
 
     q (B, Hq, Lq, D) and k (B, Hk, Lk, D) give the sizes and device alone; bias and mask are those of
-    ``tilewright::attention``. A key is visible when the mask says so and its bias is True, or above ``MASKED_AT``: a real
-    bias (T5, ALiBi) hides nothing. Without a bias a mask with closed-form limits (causal, window) costs O(Lq); otherwise
-    the pairs are evaluated and summed, O(Lq Lk) for each head and batch entry that mask and bias tell apart.
+    ``tilewright::attention``. A key is visible when the mask says so and its bias is True, or above ``MASKED_AT``: a
+    real bias (T5, ALiBi) hides nothing. Without a bias a mask with closed-form limits (causal, window) costs O(Lq);
+    otherwise the pairs are evaluated and summed, O(Lq Lk) for each head and batch entry that mask and bias tell apart.
     """
     if bias is None:
         limits = bounds.k_bounds(mask)
