@@ -118,10 +118,17 @@ class _State:
 
 
 class Matcher:
-    """Matches patterns at given roots of one graph."""
+    """Matches patterns at given roots of one graph.
 
-    def __init__(self, view: GraphView) -> None:
+    skip: nodes to look through wherever the pattern does not ask for their operator, by their first argument; they
+    are covered where they stand between matched nodes. A Var binds what is behind them. Take
+    :func:`~tilewright.passes.view.is_identity` to ignore casts and copies that change nothing.
+    """
+
+    def __init__(self, view: GraphView, skip: Callable[[Node], bool] | None = None) -> None:
         self.view = view
+        self.skip = skip
+        self._deepest = Miss(None, "nothing was matched", 0)
 
     def match(self, pattern: Any, root: Node, *, private: bool = True) -> Match | Miss:
         """Match ``pattern`` with its outermost call at ``root``.
@@ -145,6 +152,7 @@ class Matcher:
         """Yield every state in which ``pattern`` matches ``value``: commuting operands and options backtrack."""
         match pattern:
             case Var(name, where, reason):
+                value = self._behind(value)[0]
                 if where is not None and not where(value):
                     self._stop(value, reason, state)
                     return
@@ -169,6 +177,14 @@ class Matcher:
                     self._stop(value, f"the constant is {value!r}, the pattern asks for {pattern!r}", state)
                     return
                 yield state
+
+    def _behind(self, value: Any) -> tuple[Any, list[Node]]:
+        """What is behind the nodes to skip, and those nodes."""
+        skipped = []
+        while self.skip is not None and isinstance(value, Node) and value.args and self.skip(value):
+            skipped.append(value)
+            value = value.args[0]
+        return value, skipped
 
     def _bind(self, name: str, value: Any, state: _State) -> Iterator[_State]:
         if name in state.bound:
@@ -211,6 +227,9 @@ class Matcher:
             yield from self._match(pattern.inner, chain[length] if length < len(chain) else inner, new)
 
     def _match_call(self, pattern: Call, value: Any, state: _State) -> Iterator[_State]:
+        skipped: list[Node] = []
+        if isinstance(value, Node) and value.target not in pattern.targets:
+            value, skipped = self._behind(value)
         if not isinstance(value, Node) or value.target not in pattern.targets:
             want = " or ".join(str(t) for t in pattern.targets[:3])
             got = value.target if isinstance(value, Node) else repr(value)
@@ -224,10 +243,12 @@ class Matcher:
                 continue
             default = argument.default_value if argument.has_default_value() else None
             if not argument.has_default_value() or actual[argument.name] != default:
-                self._stop(value, f"{argument.name}={actual[argument.name]!r} of {value.target} is not the default", state)
+                self._stop(
+                    value, f"{argument.name}={actual[argument.name]!r} of {value.target} is not the default", state
+                )
                 return
         state = state.copy()
-        state.covered[value] = None
+        state.covered.update(dict.fromkeys((*skipped, value)))
         if pattern.name is not None:
             state.bound[pattern.name] = value
         orders = [list(wanted.items())]

@@ -80,6 +80,7 @@ class _Raiser:
         self.missed: list[tuple[Node, str, NearMiss]] = []
 
     def run(self, rules: Sequence[RaiseRule]) -> RaiseResult:
+        self._sweep()  # an unused half of max() or native_layer_norm() is no use of it
         index: dict[Any, list[Node]] = defaultdict(list)
         for node in self.view.graph.nodes:
             if node.op == "call_function":
@@ -89,7 +90,7 @@ class _Raiser:
                 if node not in self.gone:
                     self._ask(rule, node)
         result = self._result()
-        self.view.graph.eliminate_dead_code()
+        self._sweep()
         self.view.graph.lint()
         self.module.recompile()
         return result
@@ -144,6 +145,16 @@ class _Raiser:
         if node not in self.gone:
             self.gone.add(node)
             self.view.erase(node)
+
+    def _sweep(self) -> None:
+        """Remove what computes nothing any more, and the assertions about it, which would keep it alive."""
+        for node in reversed(self.view.graph.nodes):
+            if is_assertion(node):
+                tensor = node.args[0]
+                if isinstance(tensor, Node) and tensor.op == "call_function" and all(map(is_assertion, tensor.users)):
+                    self.view.erase(node)
+            elif not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
+                self.view.erase(node)
 
     def _result(self) -> RaiseResult:
         raised = sorted(self.raised, key=lambda pair: pair[0])

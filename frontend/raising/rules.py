@@ -22,12 +22,34 @@ import torch.fx
 
 from ...passes.base import Builder, Decline, NearMiss
 from ...passes.matcher import Miss
-from ...passes.view import GraphView, arguments, same_sizes, value
+from ...passes.view import GraphView, arguments, is_assertion, is_cast, is_identity, peel, same_size, same_sizes, value
 
-__all__ = ["Builder", "Decline", "Facts", "NearMiss", "RaiseRule", "Raised", "near_miss"]
+__all__ = [
+    "Builder",
+    "Decline",
+    "Facts",
+    "NearMiss",
+    "RaiseRule",
+    "Raised",
+    "chain_to",
+    "is_call",
+    "is_dim",
+    "is_vector",
+    "is_widening",
+    "last_size",
+    "near_miss",
+    "other_operand",
+    "past_identities",
+    "peel_widening",
+    "readers",
+    "sole_reader",
+]
 
 Node = torch.fx.Node
 aten = torch.ops.aten
+
+PARAMETER = "tilewright_parameter"
+"""``node.meta`` key, true on placeholders that stand for parameters or buffers of the model."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +133,14 @@ class Facts:
         return None if isinstance(number, bool | complex) else number
 
     @staticmethod
-    def is_parameter(item: Any) -> bool:
-        """Whether ``item`` may be a weight: read from the module, or a graph input (door two passes weights so)."""
-        return isinstance(item, Node) and item.op in ("get_attr", "placeholder")
+    def is_weight(item: Any) -> bool:
+        """Whether ``item`` is a parameter or buffer of the model.
+
+        Door one reads them with ``get_attr``. Door two passes them as inputs, which ``meta[PARAMETER]`` marks.
+        """
+        return isinstance(item, Node) and (
+            item.op == "get_attr" or (item.op == "placeholder" and bool(item.meta.get(PARAMETER)))
+        )
 
     @staticmethod
     def dtype(item: Any) -> torch.dtype | None:
@@ -135,3 +162,84 @@ class Facts:
 def near_miss(miss: Miss) -> NearMiss | None:
     """A near miss when at least two nodes had matched; less is no resemblance."""
     return NearMiss(miss.node, miss.reason) if miss.depth >= 2 else None
+
+
+def is_call(item: Any, *targets: Any) -> bool:
+    """Whether ``item`` is a graph node that calls one of ``targets``."""
+    return isinstance(item, Node) and item.target in targets
+
+
+def readers(node: Node) -> list[Node]:
+    """The nodes that use ``node``'s value, assertions about metadata aside, in graph order."""
+    return sorted(user for user in node.users if not is_assertion(user))
+
+
+def sole_reader(node: Node) -> Node | None:
+    """The only node that uses ``node``'s value; None when there are several or none."""
+    users = readers(node)
+    return users[0] if len(users) == 1 else None
+
+
+def past_identities(node: Node) -> tuple[Node, list[Node]]:
+    """Follow single users forward while they change nothing: the last of the chain, and the chain after ``node``."""
+    chain: list[Node] = []
+    while (user := sole_reader(node)) is not None and is_identity(user) and user.args[0] is node:
+        chain.append(user)
+        node = user
+    return node, chain
+
+
+def other_operand(node: Node, operand: Any) -> Any:
+    """The other one of a binary node's first two arguments, or None when ``operand`` is neither, or is both."""
+    left, right = node.args[:2]
+    ours = [peel(side) is peel(operand) for side in (left, right)]
+    return (right if ours[0] else left) if ours.count(True) == 1 else None
+
+
+def is_widening(node: Any) -> bool:
+    """Whether ``node`` is a cast between floating dtypes that loses nothing (bfloat16 to float32; a cast to itself)."""
+    if not is_cast(node):
+        return False
+    before, after = Facts.dtype(node.args[0]), Facts.dtype(node)
+    return (
+        before is not None
+        and after is not None
+        and before.is_floating_point
+        and after.is_floating_point
+        and torch.promote_types(before, after) == after
+    )
+
+
+def peel_widening(item: Any) -> Any:
+    """What is behind a chain of identities and widening casts."""
+    while is_identity(item) or is_widening(item):
+        item = item.args[0]
+    return item
+
+
+def chain_to(item: Any, end: Any) -> list[Node]:
+    """The nodes from ``item`` down its first arguments to ``end``, ``end`` excluded."""
+    chain: list[Node] = []
+    while item is not end:
+        chain.append(item)
+        item = item.args[0]
+    return chain
+
+
+def is_dim(dim: Any, wanted: int, rank: int) -> bool:
+    """Whether ``dim``, possibly negative or a list of one, is dimension ``wanted`` of ``rank``."""
+    if isinstance(dim, list | tuple):
+        dim = dim[0] if len(dim) == 1 else None
+    return isinstance(dim, int) and not isinstance(dim, bool) and rank > 0 and dim % rank == wanted % rank
+
+
+def last_size(item: Any) -> Any:
+    """The size of the last dimension (int or SymInt); None for what is no tensor or a scalar."""
+    val = value(item)
+    return val.shape[-1] if isinstance(val, torch.Tensor) and val.dim() else None
+
+
+def is_vector(item: Any, size: Any) -> bool:
+    """Whether ``item`` is a tensor of one dimension with provably ``size`` elements."""
+    val = value(item)
+    return isinstance(val, torch.Tensor) and val.dim() == 1 and size is not None and same_size(val.shape[0], size)
