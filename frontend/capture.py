@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import io
 import itertools
 import logging
+import operator
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -60,9 +62,7 @@ def export_model(
     except Exception as error:  # export has no common error class; the reason goes into the report
         raise CaptureError(f"torch.export failed: {first_line(error)}") from error
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
-    flat = copy_module(module)
-    flat.graph.set_codegen(torch.fx.graph.CodeGen())
-    flat.recompile()
+    flat = flatten_regions(module)
     sizes = itertools.chain.from_iterable(
         getattr(node.meta.get("val"), "shape", ()) for node in flat.graph.nodes if node.op == "placeholder"
     )
@@ -83,7 +83,8 @@ def _export_dynamic(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
         traced_args, traced_kwargs = pytree.tree_map_only(torch.Tensor, _double, (args, kwargs))
     bound = inspect.signature(model.forward).bind(*traced_args, **traced_kwargs).arguments
     shapes = pytree.tree_map(_all_dynamic, dict(bound))
-    with _quiet("torch._export", "torch.export"):
+    # When export fails it prints the graph so far to stderr; the reason is what the report tells.
+    with _quiet(*_NOISY), contextlib.redirect_stderr(io.StringIO()):
         try:
             return torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=shapes, strict=False)
         except Exception:  # tracing the doubled batch may be what failed; the given inputs decide
@@ -92,6 +93,9 @@ def _export_dynamic(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
             bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
             shapes = pytree.tree_map(_all_dynamic, dict(bound))
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+_NOISY = ("torch._export", "torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 def _all_dynamic(leaf: Any) -> Any:
@@ -114,7 +118,7 @@ def _quiet(*names: str) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -160,7 +164,8 @@ def retrace(module: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.Grap
         # The interpreter hands each node's stack trace and module path on to the nodes traced from it.
         return torch.fx.Interpreter(module).run(*inputs)
 
-    with mode or contextlib.nullcontext(), torch.fx.traceback.preserve_node_meta():
+    # Dynamo has prepared a second fake mode for the backend; the placeholders live in the first.
+    with torch._guards.tracing(None), mode or contextlib.nullcontext(), torch.fx.traceback.preserve_node_meta():
         return make_fx(run, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
 
 
@@ -184,8 +189,69 @@ def copy_module(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     graph.set_codegen(module.graph._codegen)
     copied = torch.fx.GraphModule(module, graph)
     copied.meta = dict(getattr(module, "meta", {}))
-    copied.train(module.training) if not hasattr(module, "_guards_fn") else None
     return copied
+
+
+def flatten_regions(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy with flat inputs and outputs in which ``no_grad`` and autocast regions stand inline.
+
+    Export wraps such regions in submodules, where no rule could see them. The results of a ``no_grad`` region are
+    detached instead, which is the same for every caller's grad mode. Raises :class:`CaptureError` for a region that
+    enables gradients.
+    """
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, Any] = {}
+    output = graph.output(_inline(module, graph, mapping))
+    output.meta = dict(module.graph.output_node().meta)
+    flat = torch.fx.GraphModule(module, graph)
+    graph.eliminate_dead_code()
+    for name in [n for n, child in flat.named_children() if isinstance(child, torch.fx.GraphModule)]:
+        delattr(flat, name)
+    flat.recompile()
+    return flat
+
+
+def _inline(module: torch.fx.GraphModule, graph: torch.fx.Graph, mapping: dict[torch.fx.Node, Any]) -> Any:
+    """Copy ``module``'s nodes to the end of ``graph``; placeholders already in ``mapping`` are taken from there."""
+    wrappers = torch.ops.higher_order
+    lookup = lambda arg: torch.fx.node.map_arg(arg, mapping.__getitem__)
+    for node in module.graph.nodes:
+        if node in mapping:
+            continue
+        if node.op == "call_function" and node.target is wrappers.wrap_with_set_grad_enabled:
+            enabled, region, *inputs = node.args
+            if enabled:
+                raise CaptureError(f"the model enables gradients inside no_grad at {node.name}, which export cannot keep")
+            outputs = _inline_region(module, region, lookup(inputs), graph)
+            mapping[node] = [_detach(graph, output) for output in outputs]
+        elif node.op == "call_function" and node.target is wrappers.wrap_with_autocast:
+            device, dtype, enabled, cached, region, *inputs = node.args
+            amp = torch.amp.autocast_mode
+            entered = graph.call_function(amp._enter_autocast, (device, dtype, enabled, cached))
+            mapping[node] = _inline_region(module, region, lookup(inputs), graph)
+            graph.call_function(amp._exit_autocast, (entered,))
+        elif node.op == "call_function" and node.target is operator.getitem and isinstance(mapping.get(node.args[0]), list):
+            mapping[node] = mapping[node.args[0]][node.args[1]]
+        elif node.op == "output":
+            return lookup(node.args[0])
+        else:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    raise CaptureError("the graph has no output")
+
+
+def _inline_region(module: torch.fx.GraphModule, region: Any, inputs: Sequence[Any], graph: torch.fx.Graph) -> list[Any]:
+    body = getattr(module, region.target)
+    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+    outputs = _inline(body, graph, dict(zip(placeholders, inputs, strict=True)))
+    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+
+def _detach(graph: torch.fx.Graph, node: Any) -> Any:
+    if not isinstance(node, torch.fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return node
+    detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    return detached
 
 
 def first_line(error: BaseException) -> str:

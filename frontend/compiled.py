@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from . import assemble
 from .backend import GraphProgram, compile_graph, require_changes
 from .bisect import Contribution, measure
 from .capture import Captured, GraphBreaks, export_model
+from .inputs import InputCheck, Signature, flatten_as
 from .lower import KernelUse
 from .options import Options
 from .pipeline import GraphRecord, Stopwatch, process
@@ -34,7 +34,7 @@ class CompiledModule(torch.nn.Module):
     Attributes:
         report: what was done, site by site. kernels: the kernels in use. records: the graphs at every stage.
         door: ``"export"`` (one whole graph) or ``"dynamo"`` (captured at the first call of each kind).
-        options: the checked arguments of ``compile``. model: the user's module.
+        options: the checked arguments of ``compile``. original_model: the user's module.
     """
 
     def __init__(self, model: torch.nn.Module, options: Options) -> None:
@@ -46,19 +46,29 @@ class CompiledModule(torch.nn.Module):
         self.fallback_reason = ""
         self._breaks = GraphBreaks()
         self._programs: list[GraphProgram] = []
-        self._exported: dict[bool, ExportedProgram] = {}
+        self._exported: dict[tuple[Any, ...], ExportedProgram] = {}
         self._example: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
         self._calibration: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
         self._listeners: list[Any] = []
         self._dynamo_forward: Any = None
         self.forward = _same_signature(self._call, model)
         if callable(getattr(type(model), "generate", None)):
-            # The model's own generate, run on this object, so that its steps go through the compiled forward.
-            self.generate = types.MethodType(type(model).generate, self)
+            self.generate = self._generate
 
     @property
-    def model(self) -> torch.nn.Module:
+    def original_model(self) -> torch.nn.Module:
+        """The user's module."""
         return self._orig_mod
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``generate``, its steps going through the compiled forward."""
+        model = self._orig_mod
+        # generate() looks helpers up on type(self), so it needs an object of the model's class: one that shares
+        # everything with the model but its forward.
+        shell = object.__new__(type(model))
+        shell.__dict__.update(model.__dict__)
+        shell.__dict__["forward"] = self.forward
+        return shell.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -88,19 +98,23 @@ class CompiledModule(torch.nn.Module):
         """Capture through ``torch.export`` now; raises :class:`~tilewright.runtime.errors.CaptureError`."""
         self._example = (args, kwargs, dynamic_shapes)
         self._calibration = calibration
-        self._exported[self.training] = self._export()
+        self._program()
         self.door = "export"
 
-    def _export(self) -> ExportedProgram:
-        assert self._example is not None
-        args, kwargs, shapes = self._example
-        return ExportedProgram.make(self._orig_mod, args, kwargs, shapes, self.options, self._calibration)
+    def _program(self) -> ExportedProgram:
+        """The exported graph of the mode we are in; captured when a mode is met for the first time."""
+        mode = _mode(self._orig_mod)
+        if mode not in self._exported:
+            assert self._example is not None
+            args, kwargs, shapes = self._example
+            self._exported[mode] = ExportedProgram.make(
+                self._orig_mod, args, kwargs, shapes, self.options, self._calibration
+            )
+        return self._exported[mode]
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self.door == "export":
-            if self.training not in self._exported:  # train() and eval() are different graphs: dropout, batch norm
-                self._exported[self.training] = self._export()
-            return self._exported[self.training](*args, **kwargs)
+            return self._program()(*args, **kwargs)
         return self._call_dynamo(*args, **kwargs)
 
     # Door two.
@@ -152,8 +166,8 @@ class CompiledModule(torch.nn.Module):
         if self.door == "export":
             first = next(iter(self._exported.values()))
             error, seconds = first.model_error, first.seconds
-        elif len(self.records) == 1 and self.records[0].error is not None:
-            error = ModelError(**self.records[0].error)
+        elif measured := [record.error for record in self.records if record.error is not None]:
+            error = ModelError(**max(measured, key=lambda e: e["rel_l2"]))
         return assemble.assemble(
             type(self._orig_mod).__name__, self.options, self.records, capture, error, seconds=seconds
         )
@@ -178,7 +192,7 @@ class CompiledModule(torch.nn.Module):
     def _graph_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[GraphRecord, list[Any]]]:
         if self.door == "export":
             self._call(*args, **kwargs)  # captures this mode if need be, and checks the inputs
-            program = self._exported[self.training]
+            program = self._program()
             return [(program.record, program.flatten(args, kwargs))]
         seen: list[tuple[GraphRecord, list[Any]]] = []
         with self._listening(lambda record, inputs: seen.append((record, [_detached(i) for i in inputs]))):
@@ -218,8 +232,7 @@ class ExportedProgram:
         self.defaults = defaults
         self.seconds: dict[str, float] = {}
         self.model_error: ModelError | None = None
-        self.placeholders = [node.meta.get("val") for node in record.lowered.graph.nodes if node.op == "placeholder"]
-        self.paths = [pytree.keystr(path) for path, _ in _key_paths(captured.in_spec)]
+        self.inputs = InputCheck(record.captured, captured.in_spec)
         if rest == "inductor":
             # Compiled at the first call. Dynamo guards the sizes that Inductor specializes on.
             self.run = torch.compile(record.lowered, dynamic=True if captured.dynamic else None, fullgraph=True)
@@ -238,14 +251,14 @@ class ExportedProgram:
         signature = Signature(model)
         named = signature.bind(args, kwargs)
         watch = Stopwatch()
-        with watch.stage("capture"), _without_autocast():
+        with watch.stage("capture"):
             captured = export_model(model, (), named, dynamic_shapes) if signature.by_name else export_model(
                 model, args, kwargs, dynamic_shapes
             )
         inputs = ((), named) if signature.by_name else (args, kwargs)
         flat = pytree.tree_leaves(inputs)
         batches = [
-            _flatten_as(captured.in_spec, ((), signature.bind(a, k)) if signature.by_name else (a, k), "calibration")
+            flatten_as(captured.in_spec, ((), signature.bind(a, k)) if signature.by_name else (a, k), "calibration")
             for a, k in calibration
         ]
         record = process(captured.module, options, example_values=flat, calibration=batches)
@@ -261,7 +274,7 @@ class ExportedProgram:
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The call's leaves in the graph's order. Raises :class:`BadArgument` where the capture does not cover it."""
         if not self.signature.by_name:
-            return _flatten_as(self.captured.in_spec, (args, kwargs), "call")
+            return flatten_as(self.captured.in_spec, (args, kwargs), "call")
         named = self.signature.bind(args, kwargs)
         for name in [name for name in named if name not in self.names]:
             default = self.defaults.get(name, inspect.Parameter.empty)
@@ -277,88 +290,18 @@ class ExportedProgram:
                 if name not in self.defaults:
                     raise BadArgument(f"the call lacks {name!r}")
                 named[name] = self.defaults[name]
-        return _flatten_as(self.captured.in_spec, ((), {name: named[name] for name in self.names}), "call")
+        return flatten_as(self.captured.in_spec, ((), {name: named[name] for name in self.names}), "call")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = self.flatten(args, kwargs)
-        self._check(flat)
+        self.inputs.check(flat)
         outputs = self.run(*flat)
         return pytree.tree_unflatten(list(outputs), self.captured.out_spec)
 
-    def _check(self, flat: list[Any]) -> None:
-        """Refuse what the captured graph was not made for: other constants, dtypes, devices or fixed sizes."""
-        sizes: dict[Any, int] = {}
-        for got, expected, path in zip(flat, self.placeholders, self.paths, strict=True):
-            if not isinstance(expected, torch.Tensor):
-                if isinstance(got, torch.Tensor) or got != expected:
-                    raise BadArgument(f"{path} is {got!r}, but the model was captured with {expected!r}: compile again")
-                continue
-            if not isinstance(got, torch.Tensor):
-                raise BadArgument(f"{path} is {type(got).__name__}, but the model was captured with a tensor")
-            if got.dtype != expected.dtype or got.device.type != expected.device.type or got.dim() != expected.dim():
-                raise BadArgument(
-                    f"{path} is a {got.dim()}-d {got.dtype} tensor on {got.device}, but the model was captured with "
-                    f"a {expected.dim()}-d {expected.dtype} one on {expected.device}: compile again"
-                )
-            for dim, (size, want) in enumerate(zip(got.shape, expected.shape, strict=True)):
-                if isinstance(want, int):
-                    allowed = want
-                else:
-                    symbol = want.node.expr
-                    allowed = sizes.setdefault(symbol, size) if symbol.is_Symbol else size
-                if size != allowed:
-                    raise BadArgument(
-                        f"{path} has size {size} in dim {dim}, but the captured graph needs {allowed}: give example "
-                        "inputs or dynamic_shapes that let this size vary, or compile without example inputs"
-                    )
 
-
-class Signature:
-    """How a model's forward is called. by_name: every argument can be given by name, which makes calls comparable."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.signature = inspect.signature(model.forward)
-        kinds = {p.kind for p in self.signature.parameters.values()}
-        self.by_name = not kinds & {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
-        self.defaults = {
-            name: p.default for name, p in self.signature.parameters.items() if p.default is not inspect.Parameter.empty
-        }
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by name, in the signature's order. Raises TypeError as the call itself would."""
-        bound = self.signature.bind(*args, **kwargs)
-        named: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            kind = self.signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_KEYWORD:
-                named.update(value)
-            else:
-                named[name] = value
-        return named
-
-
-def _flatten_as(spec: pytree.TreeSpec, inputs: Any, what: str) -> list[Any]:
-    leaves, got = pytree.tree_flatten(inputs)
-    if got != spec:
-        raise BadArgument(
-            f"the {what}'s inputs are nested another way than the example inputs the model was captured with: "
-            f"{got} against {spec}"
-        )
-    return leaves
-
-
-def _key_paths(spec: pytree.TreeSpec) -> list[tuple[Any, Any]]:
-    filled = pytree.tree_unflatten([0] * spec.num_leaves, spec)
-    args, kwargs = filled
-    return pytree.tree_flatten_with_path(kwargs if not args else filled)[0]
-
-
-@contextlib.contextmanager
-def _without_autocast() -> Iterator[None]:
-    """Capture the model in its own dtypes: an autocast around compile() is not one around the calls."""
-    with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
+def _mode(model: torch.nn.Module) -> tuple[Any, ...]:
+    """What decides which graph a model has besides its inputs: training or not, and autocast, which moves dtypes."""
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+    return (model.training, *autocast)

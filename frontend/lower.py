@@ -22,6 +22,8 @@ from .types import Target
 
 Node = torch.fx.Node
 
+NO_CPP = "there are no native CPU kernels in this version, so CPU sites run through the rest of the graph's compiler"
+
 
 @dataclass(frozen=True)
 class KernelUse:
@@ -71,8 +73,10 @@ def choose(node: Node, op: CanonicalOp, requested: Target) -> tuple[str, KernelS
     target = requested
     if requested == "auto":
         target = "triton" if _device(node) == "cuda" else "cpp"
+    if target == "cpp":
+        return "reference", None, NO_CPP
     if op.spec is None:
-        return "reference", None, f"no target has a kernel for {op.name} yet"
+        return "reference", None, f"no target has a kernel for {op.name}"
     named = torch.fx.node.map_arg(arguments(node), value)
     schema = op.overload._schema.arguments
     args = [named[a.name] for a in schema if not a.kwarg_only]
