@@ -3,7 +3,7 @@
 from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canonical
 
 # Each module registers its op on import; a new op is one more file and one more name here.
-from . import attention, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
+from . import attention, attention_parts, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
 
 __all__ = [
     "HELPERS",
@@ -11,6 +11,7 @@ __all__ = [
     "CanonicalOp",
     "Tolerance",
     "attention",
+    "attention_parts",
     "canonical",
     "gated_mlp",
     "is_canonical",
