@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...codegen import symbols
+from ...codegen.attention import AttentionSpec
 from ..errors import BadArgument
+from . import attention_kernel
 from .registry import Tolerance, canonical
 
 NORMALIZERS = ("softmax", "sigmoid")
@@ -198,6 +200,26 @@ def _aten_sigmoid(
     return torch.matmul(weights, v).reshape(batch, heads, q_len, v.shape[3])
 
 
+def spec(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    scale: float,
+    mask: str = "",
+    normalizer: str = "softmax",
+    target: str,
+) -> AttentionSpec:
+    """The forward kernel for this call, from tensors or fake tensors.
+
+    Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` with the reason when ``target`` has none.
+    """
+    check_arguments(q, k, v, bias, shift, mask, normalizer)
+    return attention_kernel.spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target)
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -213,7 +235,15 @@ def _attention(
     check_arguments(q, k, v, bias, shift, mask, normalizer)
     if target == "reference":
         return aten_form(q, k, v, bias, shift, scale, mask, normalizer)
-    raise BadArgument(f"attention: there is no target {target!r}")
+    if bias is not None:
+        bias = attention_kernel.four_dimensional(bias)
+        if not statically_known_true(bias.shape[3] == k.shape[2]):
+            bias = bias.expand(*bias.shape[:3], k.shape[2])
+    if shift is not None:
+        shift = attention_kernel.four_dimensional(shift).to(torch.float32)
+    return torch.ops.tilewright.attention_forward(
+        q, k, v, bias, shift, scale=scale, mask=mask, normalizer=normalizer, target=target
+    )[0]
 
 
 ATTENTION = canonical(
@@ -222,4 +252,5 @@ ATTENTION = canonical(
     reference=reference,
     composite=_attention,
     tolerance=TOLERANCE,
+    spec=spec,
 )

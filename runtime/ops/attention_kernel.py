@@ -1,0 +1,296 @@
+"""The kernel ops below ``tilewright::attention``, opaque to compilers: ``attention_forward``, ``attention_backward``.
+
+They choose a kernel spec from the tensors, load the kernel of the target and launch it. Gradients of gradients are not
+defined: use ``target="reference"`` for those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ...codegen import symbols
+from ...codegen.attention import (
+    INTERPRETER_TILES,
+    MAX_HEAD_DIM,
+    AttentionBackwardSpec,
+    AttentionSpec,
+    default_tiles,
+)
+from ..errors import UnsupportedKernel
+from ..load import load
+from .registry import LIBRARY
+
+
+def spec(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    *,
+    mask: str,
+    normalizer: str,
+    target: str,
+) -> AttentionSpec:
+    """The forward kernel for a checked call, from tensors or fake tensors.
+
+    Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` with the reason when ``target`` has none.
+    """
+    if target not in _DEVICES:
+        raise UnsupportedKernel(f"there is no attention kernel for target {target!r}")
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("bias", bias), ("shift", shift)):
+        if tensor is not None and tensor.device.type != _DEVICES[target]:
+            raise UnsupportedKernel(
+                f"{target} kernels take {_DEVICES[target]} tensors, and {name} is on {tensor.device.type}"
+            )
+    if q.dtype not in _DTYPE_NAMES:
+        raise UnsupportedKernel(f"attention kernels compute float32, bfloat16 and float16, not {q.dtype}")
+    bias_kind = "none"
+    if bias is not None:
+        if bias.dtype != torch.bool and bias.dtype not in _DTYPE_NAMES:
+            raise UnsupportedKernel(
+                f"attention kernels take a bias of bool, {', '.join(_DTYPE_NAMES.values())}, not {bias.dtype}"
+            )
+        bias_kind = "bool" if bias.dtype == torch.bool else _DTYPE_NAMES[bias.dtype]
+        bias = four_dimensional(bias)
+    return _forward_spec(
+        _dim("q", q),
+        _dim("v", v),
+        _DTYPE_NAMES[q.dtype],
+        normalizer,
+        mask,
+        bias_kind,
+        bias is None or _varies(bias, 2),
+        shift is not None,
+        q.shape[1] // k.shape[1] if k.shape[1] else 1,
+        _wide(q, k, v, bias),
+        target,
+        _large_shared_memory(q.device) if target == "triton" else False,
+    )
+
+
+_DEVICES = {"triton": "cuda", "triton-interpret": "cpu"}
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _dim(name: str, tensor: Tensor) -> int:
+    size = tensor.shape[3]
+    if not isinstance(size, int):
+        raise UnsupportedKernel(f"attention kernels need a fixed number of channels, and that of {name} is symbolic")
+    if not 1 <= size <= MAX_HEAD_DIM:
+        raise UnsupportedKernel(f"attention kernels take 1 to {MAX_HEAD_DIM} channels, and {name} has {size}")
+    return size
+
+
+def four_dimensional(tensor: Tensor) -> Tensor:
+    """The tensor with leading dimensions of size 1 up to four."""
+    return tensor.reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape)) if tensor.dim() < 4 else tensor
+
+
+def _varies(tensor: Tensor, dim: int) -> bool:
+    """Whether elements along ``dim`` can differ: neither of size 1 nor expanded."""
+    return not (statically_known_true(tensor.shape[dim] == 1) or statically_known_true(tensor.stride(dim) == 0))
+
+
+def _wide(*tensors: Tensor | None) -> bool:
+    """Whether an offset inside a tile (at most 256 rows, 256 channels or keys) may not fit 31 bits."""
+    strides = [tensor.stride(d) for tensor in tensors if tensor is not None for d in (2, 3)]
+    return not all(statically_known_true(stride < 2**22) for stride in strides)
+
+
+@functools.cache
+def _large_shared_memory(device: torch.device) -> bool:
+    if not torch.cuda.is_available():  # fake tensors of a device that is not here
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= 160 * 1024
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_spec(
+    head_dim: int,
+    value_dim: int,
+    dtype: str,
+    normalizer: str,
+    mask: str,
+    bias: str,
+    bias_rows: bool,
+    shift: bool,
+    group: int,
+    wide: bool,
+    target: str,
+    large: bool,
+) -> AttentionSpec:
+    expression = symbols.parse_mask(mask)
+    if expression == sympy.false:
+        raise UnsupportedKernel(f"the mask {mask!r} hides every pair, so there is nothing to compute")
+    tiles = INTERPRETER_TILES
+    if target == "triton":
+        tiles = default_tiles(head_dim, value_dim, dtype, backward=False, large=large)
+    return AttentionSpec(
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtype,
+        normalizer=normalizer,
+        mask=symbols.mask_text(expression),
+        bias=bias,
+        bias_rows=bias_rows,
+        shift=shift,
+        group=group,
+        wide=wide,
+    ).with_tiles(tiles)
+
+
+def backward_spec(
+    forward: AttentionSpec, *, grad_bias: bool, grad_bias_rows: bool, grad_shift: bool, target: str, large: bool = False
+) -> AttentionBackwardSpec:
+    """The backward kernel that belongs to a forward one."""
+    return _backward_spec(forward, grad_bias, grad_bias_rows, grad_shift, target, large)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_spec(
+    forward: AttentionSpec, grad_bias: bool, grad_bias_rows: bool, grad_shift: bool, target: str, large: bool
+) -> AttentionBackwardSpec:
+    tiles = INTERPRETER_TILES
+    if target == "triton":
+        tiles = default_tiles(forward.head_dim, forward.value_dim, forward.dtype, backward=True, large=large)
+    return AttentionBackwardSpec(
+        **dataclasses.asdict(forward),
+        grad_bias=grad_bias,
+        grad_bias_rows=grad_bias_rows or not grad_bias,
+        grad_shift=grad_shift,
+    ).with_tiles(tiles)
+
+
+LIBRARY.define(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? shift, *, float scale, str mask, "
+    "str normalizer, str target) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? shift, Tensor out, "
+    "Tensor lse, Tensor? grad_lse, *, float scale, str mask, str normalizer, str target, bool grad_bias, "
+    "bool grad_shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _forward_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    *,
+    scale: float,
+    mask: str,
+    normalizer: str,
+    target: str,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32 (sigmoid: (B, Hq, 0)). bias and shift have four dimensions."""
+    chosen = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target)
+    return load(chosen, target).launch(q, k, v, bias, shift, scale)
+
+
+def _backward_kernel(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    *,
+    scale: float,
+    mask: str,
+    normalizer: str,
+    target: str,
+    grad_bias: bool,
+    grad_shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the inputs' dtype, dbias of bias's shape and dshift (B, Hq, Lq), float32; (0,) what is not wanted.
+
+    The bias's gradient has the bias's own shape, nothing larger: where the bias is broadcast over batch, heads or
+    queries, the kernel sums over them.
+    """
+    forward = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target)
+    chosen = backward_spec(
+        forward,
+        grad_bias=grad_bias,
+        grad_bias_rows=bias is not None and bias.shape[2] != 1,
+        grad_shift=grad_shift,
+        target=target,
+        large=_large_shared_memory(q.device) if target == "triton" else False,
+    )
+    launch = load(chosen, target).launch
+    dq, dk, dv, dbias, dshift = launch(grad, q, k, v, bias, shift, out, lse, scale, grad_lse)
+    nothing = q.new_empty((0,), dtype=torch.float32)
+    return dq, dk, dv, nothing if dbias is None else dbias, nothing.clone() if dshift is None else dshift
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("attention_forward", _forward_kernel, _device)
+    LIBRARY.impl("attention_backward", _backward_kernel, _device)
+
+
+def _heads_last(like: Tensor, heads: Any, length: Any, dim: Any) -> Tensor:
+    return like.new_empty((like.shape[0], length, heads, dim)).transpose(1, 2)
+
+
+@torch.library.register_fake("tilewright::attention_forward", lib=LIBRARY)
+def _forward_fake(q, k, v, bias, shift, *, scale, mask, normalizer, target):
+    lse_len = q.shape[2] if normalizer == "softmax" else 0
+    out = _heads_last(q, q.shape[1], q.shape[2], v.shape[3])
+    return out, q.new_empty((q.shape[0], q.shape[1], lse_len), dtype=torch.float32)
+
+
+@torch.library.register_fake("tilewright::attention_backward", lib=LIBRARY)
+def _backward_fake(
+    grad, q, k, v, bias, shift, out, lse, grad_lse, *, scale, mask, normalizer, target, grad_bias, grad_shift
+):
+    def like(tensor: Tensor) -> Tensor:
+        return _heads_last(tensor, tensor.shape[1], tensor.shape[2], tensor.shape[3])
+
+    dbias = q.new_empty(bias.shape if grad_bias else (0,), dtype=torch.float32)
+    dshift = q.new_empty(tuple(q.shape[:3]) if grad_shift else (0,), dtype=torch.float32)
+    return like(q), like(k), like(v), dbias, dshift
+
+
+def _save(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, shift = inputs
+    ctx.save_for_backward(q, k, v, bias, shift, *output)
+    ctx.options = keyword_only_inputs
+    ctx.bias_wanted = bias is not None and bias.dtype != torch.bool and ctx.needs_input_grad[3]
+    ctx.shift_wanted = shift is not None and ctx.needs_input_grad[4]
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, bias, shift, out, lse = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    if ctx.options["normalizer"] == "sigmoid":
+        grad_lse = None
+    dq, dk, dv, dbias, dshift = torch.ops.tilewright.attention_backward(
+        grad, q, k, v, bias, shift, out, lse, grad_lse,
+        grad_bias=ctx.bias_wanted, grad_shift=ctx.shift_wanted, **ctx.options,
+    )  # fmt: skip
+    return (
+        dq,
+        dk,
+        dv,
+        dbias.to(bias.dtype) if ctx.bias_wanted else None,
+        dshift[..., None].sum_to_size(shift.shape) if ctx.shift_wanted else None,
+    )
+
+
+torch.library.register_autograd("tilewright::attention_forward", _differentiate, setup_context=_save, lib=LIBRARY)
