@@ -38,7 +38,7 @@ def group_sites(rows: Iterable[Any], key: Callable[[Any], Any] = lambda row: Non
     groups: dict[Any, list[Any]] = {}
     for row in rows:
         groups.setdefault((_skeleton(row.site), key(row)), []).append(row)
-    return [SiteGroup(_merged([row.site for row in members]), len(members), members) for members in groups.values()]
+    return [SiteGroup(merge_sites([row.site for row in members]), len(members), members) for members in groups.values()]
 
 
 _NUMBER = re.compile(r"(?<=[.#])\d+(?=[./#]|$)")
@@ -48,7 +48,7 @@ def _skeleton(site: str) -> str:
     return _NUMBER.sub("*", site)
 
 
-def _merged(sites: list[str]) -> str:
+def merge_sites(sites: list[str]) -> str:
     """One name for sites of the same skeleton, with the numbers that vary as ranges."""
     columns = list(zip(*(map(int, _NUMBER.findall(site)) for site in sites), strict=True))
     parts = _NUMBER.split(sites[0])

@@ -110,9 +110,7 @@ def _program_of(compiled: CompiledModule | LoadedModule) -> Program:
             "only a model captured whole by torch.export can be saved, and this one was captured by Dynamo"
             + (f" because {why}" if why else ": give compile() example_inputs or example_kwargs")
         )
-    exported = compiled._exported
-    training = compiled.training if compiled.training in exported else next(iter(exported))
-    program = exported[training]
+    program = compiled._program()
     captured, signature = program.captured, program.signature
     return Program(
         program.record.lowered,
@@ -131,7 +129,7 @@ def _program_of(compiled: CompiledModule | LoadedModule) -> Program:
             "rest": compiled.options.rest,
             "passes": [{"name": one.name, "options": one.options()} for one in compiled.options.passes],
         },
-        training,
+        compiled.training,
     )
 
 
