@@ -119,8 +119,12 @@ def test_every_package_folder_is_listed() -> None:
 def test_wheel_and_sdist_are_complete(distributions: tuple[Path, Path]) -> None:
     wheel, sdist = distributions
     modules = {path.relative_to(ROOT) for stage in STAGES for path in (ROOT / stage).rglob("*.py")}
-    templates = {path.relative_to(ROOT) for stage in STAGES for path in (ROOT / stage).rglob("*.jinja")}
-    assert templates, "there are templates to ship"
+    data = (path for stage in STAGES for path in (ROOT / stage).rglob("templates/**/*") if path.is_file())
+    templates = {path.relative_to(ROOT) for path in data}
+    assert {path.parts[0] for path in templates} == {"codegen", "frontend"}, "both have templates to ship"
+    others = {path for stage in STAGES for path in (ROOT / stage).rglob("*") if path.is_file()}
+    stray = {p for p in others if p.suffix not in (".py", ".pyc") and p.relative_to(ROOT) not in templates}
+    assert not stray, f"data files outside a templates folder are not packaged: {stray}"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     missing = {str(p) for p in modules | templates if f"tilewright/{p.as_posix()}" not in names}
