@@ -1,0 +1,496 @@
+"""What the additions and fills between the scores and the softmax amount to: a mask text and a small bias.
+
+Every modification is split in two. What only depends on positions becomes the ``mask`` text of the canonical op
+(causal, windows, any boolean of ``q_idx``, ``k_idx`` and the lengths); what depends on data stays a tensor, as small as
+can be proven to be enough: key padding needs (B, 1, 1, K), not (B, 1, Q, K).
+
+**Rows that see no key.** Hiding a pair with ``-inf`` and adding a large finite number are two functions: in a row where
+every key is hidden, the finite number cancels and the row still attends, while a masked row gives zeros. So a finite
+fill becomes a mask only when every row provably sees a key; otherwise it stays the bias that it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import And, Boolean, Not, Or, to_nnf
+
+from ...codegen import symbols
+from ...passes.view import arguments, value
+from .masks_emit import AXES, HEAD, Emitter, Geometry, K, Q, layout
+from .rules import Facts
+from .symbolic import Cases, Index, Interpreter, Mutated, Opaque, Unsupported, broadcast_index, is_one
+
+Node = torch.fx.Node
+aten = torch.ops.aten
+
+HIDES = -1e9
+"""An added number at or below this (or at its dtype's minimum) outweighs every score: the pair's weight is exactly 0
+beside a visible key, as long as scores stay above half of it."""
+REPLACES = -1e4
+"""The same for scores that are replaced, not added to: their own size does not matter then."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One step between the scaled scores and the softmax, from the inside out.
+
+    kind: ``add``: scores + factor * node; ``fill``: scores become ``fill`` where ``node`` is true (``inverted``: where
+        it is false); ``visible``: node says which pairs are visible.
+    node, index: the tensor, and its index in terms of :data:`AXES`, one expression per dimension of the scores there.
+    """
+
+    kind: str
+    node: Node
+    index: Index
+    factor: float = 1.0
+    fill: float = -math.inf
+    inverted: bool = False
+
+
+class NotAMask(Exception):
+    """The change has no form in ``tilewright::attention``; says why."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+
+
+@dataclass
+class MaskPlan:
+    """The mask text and how to build the bias (None: there is none). ``notes`` say what was proven, or why not."""
+
+    text: str = ""
+    build: Callable[[Emitter], Node] | None = None
+    notes: list[str] = field(default_factory=list)
+    emitted: Node | None = None
+
+
+class Masks:
+    """Plans masks for one graph; sites that share their changes share the plan and the bias's nodes."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.interpreter = Interpreter(facts.view.graph, facts.number)
+        self.plans: dict[Any, MaskPlan] = {}
+
+    def plan(self, changes: Sequence[Change], geometry: Geometry) -> MaskPlan:
+        """The plan for changes in order. Raises :class:`NotAMask`."""
+        key = (tuple(changes), geometry.key)
+        if key not in self.plans:
+            self.plans[key] = _Planner(self.interpreter, geometry).plan(changes)
+        return self.plans[key]
+
+
+# ------------------------------------------------------------------------------------------------------- planning
+
+
+@dataclass
+class _Condition:
+    """Which pairs one change leaves visible, split into conjuncts; ``fallback`` builds the whole of it as a tensor."""
+
+    positional: list[Boolean]
+    data: list[Boolean]
+    fallback: Callable[[Emitter], Node]
+    source: Opaque
+
+    @property
+    def all(self) -> Boolean:
+        return And(*self.positional, *self.data)
+
+
+class _Planner:
+    def __init__(self, interpreter: Interpreter, geometry: Geometry) -> None:
+        self.interpreter = interpreter
+        self.geometry = geometry
+        self.ends = {axis: size - 1 for axis, size in zip(AXES, geometry.exprs, strict=True)}
+        self.hard: list[_Condition] = []
+        self.soft: list[_Condition] = []
+        self.notes: list[str] = []
+
+    def plan(self, changes: Sequence[Change]) -> MaskPlan:
+        self.last = changes[-1] if changes else None
+        # First what each change is, then what can be proven about all of them together.
+        steps: list[tuple[Change, list[Any]]] = [(change, self._terms(change)) for change in changes]
+        tensors = [term for _, terms in steps for term in terms if isinstance(term, Opaque | _Constant)]
+        proven = bool(self.soft) and self._every_row_sees(tensors)
+        bias: list[Callable[[Emitter, Node | None], Node]] = []
+        for change, terms in steps:
+            bias += self._biases(change, terms, proven)
+        hard = [*self.hard, *(self.soft if proven else [])]
+        text, untold = self._text([p for condition in hard for p in condition.positional])
+        # A position that has no text is data like any other.
+        left = [(And(*c.data, *(p for p in c.positional if p in untold)), c) for c in hard]
+        data = [(condition, c.fallback) for condition, c in left if condition != sympy.true]
+        for condition, c in left:
+            if condition != sympy.true:
+                self._check_layout(c.source)
+        if text:
+            self.notes.append(f"positions proven: {text}")
+        return MaskPlan(text, self._build(bias, data), self.notes)
+
+    def _terms(self, change: Change) -> list[Any]:
+        """What a change consists of: conditions (registered as hard or soft), constants and opaque tensors."""
+        it, node = self.interpreter, change.node
+        try:
+            index = broadcast_index(value(node).shape, change.index)
+            element = it.element(node, index)
+        except Mutated:
+            self.notes.append(f"{node.name} or what it is made of changes in place: it stays a tensor")
+            index = broadcast_index(value(node).shape, change.index)
+            element = it.read(node, index)
+        if change.kind == "add":
+            if not value(node).dtype.is_floating_point:
+                raise NotAMask(node, f"a tensor of {value(node).dtype} is added to the scores")
+            return self._addition(change, element, Opaque(node, index))
+        visible = it_truth(element)
+        if visible is None:
+            raise NotAMask(node, "a condition that is no boolean")
+        if change.kind == "fill" and not change.inverted:
+            visible = Not(visible)
+        flip = change.kind == "fill" and not change.inverted
+
+        def fallback(emit: Emitter) -> Node:
+            shown = emit.read(node, self._shrink(index, visible))
+            return emit.call(aten.logical_not.default, shown) if flip else emit.boolean_of(shown)
+
+        condition = self._split(visible, fallback, Opaque(node, index))
+        if change.kind == "visible" or change.fill == -math.inf:
+            self.hard.append(condition)
+            return [condition]
+        if not change.fill <= REPLACES:
+            raise NotAMask(node, f"scores are replaced by {change.fill:g}, which does not hide them")
+        self.soft.append(condition)
+        return [condition]
+
+    def _addition(self, change: Change, element: Any, whole: Opaque) -> list[Any]:
+        if isinstance(element, Opaque):
+            parts = self._parts(element) if change.factor == 1.0 else None
+            if parts is None:
+                return [whole]
+            return [term for part, source in parts for term in self._addition(change, part, source)]
+        dtype = value(whole.node).dtype
+        if any(not isinstance(v, float) for v, _ in element.items):
+            return [whole]  # an integer tensor
+        scaled = [(v * change.factor if v else 0.0, c) for v, c in element.items]
+        shown = Or(*(c for v, c in scaled if v == 0.0))
+        others = [v for v, c in scaled if v != 0.0 and self._simplify(c) != sympy.false]
+        lowest = torch.finfo(dtype).min if dtype.is_floating_point else HIDES
+        if not others:
+            self.notes.append(f"{whole.node.name} adds 0 everywhere")
+            return []
+
+        def fallback(emit: Emitter) -> Node:
+            return emit.call(aten.eq.Scalar, emit.read(whole.node, self._shrink(whole.index, shown)), 0)
+
+        if all(v == -math.inf for v in others):
+            condition = self._split(shown, fallback, whole)
+            self.hard.append(condition)
+            return [condition]
+        if all(v <= HIDES or v <= lowest * change.factor for v in others) and change.factor > 0:
+            condition = self._split(shown, fallback, whole)
+            self.soft.append(condition)
+            return [_Added(condition, whole, element)]
+        return [_Constant(whole, element, all(REPLACES < v < math.inf for v in others))]
+
+    def _parts(self, element: Opaque) -> list[tuple[Any, Opaque]] | None:
+        """``a + b`` as two parts when one of them is known by position, such as T5's position bias plus its mask."""
+        node = element.node
+        if node.target is not aten.add.Tensor or arguments(node)["alpha"] != 1:
+            return None
+        found = []
+        for operand in node.args[:2]:
+            if not isinstance(operand, Node) or not isinstance(value(operand), torch.Tensor):
+                return None
+            index = broadcast_index(value(operand).shape, element.index)
+            try:
+                found.append((self.interpreter.element(operand, index), Opaque(operand, index)))
+            except Mutated:
+                return None
+        return found if any(not isinstance(part, Opaque) for part, _ in found) else None
+
+    def _split(self, visible: Boolean, fallback: Callable[[Emitter], Node], source: Opaque) -> _Condition:
+        simple = self._simplify(to_nnf(visible, simplify=False))
+        if simple == sympy.false:
+            return _Condition([], [simple], fallback, source)
+        conjuncts = [] if simple == sympy.true else list(simple.args) if isinstance(simple, And) else [simple]
+        conjuncts.sort(key=str)
+        data = [c for c in conjuncts if c.atoms(AppliedUndef)]
+        return _Condition([c for c in conjuncts if c not in data], data, fallback, source)
+
+    def _shrink(self, index: Index, visible: Boolean) -> Index:
+        """The index with 0 for the query and the head where the condition provably does not depend on them."""
+        free = self._simplify(to_nnf(visible, simplify=False)).free_symbols
+        zero = {axis: sympy.Integer(0) for axis in (HEAD, Q) if axis not in free}
+        return tuple(i.xreplace(zero) for i in index)
+
+    # What is provable.
+
+    def _simplify(self, condition: Boolean) -> Boolean:
+        """Decide comparisons that the ranges of the axes decide."""
+        if isinstance(condition, And | Or):
+            return condition.func(*map(self._simplify, condition.args))
+        if isinstance(condition, Not):
+            return Not(self._simplify(condition.args[0]))
+        if not isinstance(condition, Relational) or condition.atoms(AppliedUndef, sympy.Mod, sympy.floor):
+            return condition
+        difference = sympy.expand(condition.lhs - condition.rhs)
+        low, high = self._end(difference, -1), self._end(difference, 1)
+        if low is None or high is None:
+            return condition
+        negative, positive = bool(high.is_negative), bool(low.is_positive)
+        not_positive, not_negative = bool(high.is_nonpositive), bool(low.is_nonnegative)
+        always, never = {
+            "<": (negative, not_negative),
+            "<=": (not_positive, positive),
+            ">": (positive, not_positive),
+            ">=": (not_negative, negative),
+            "==": (low == 0 and high == 0, negative or positive),
+            "!=": (negative or positive, low == 0 and high == 0),
+        }[condition.rel_op]
+        return sympy.true if always else sympy.false if never else condition
+
+    def _end(self, expression: sympy.Expr, sign: int) -> sympy.Expr | None:
+        """The largest (sign 1) or smallest (-1) value over the axes' ranges; None when it is not linear in them."""
+        for axis in AXES:
+            slope = expression.coeff(axis, 1)
+            rest = sympy.expand(expression - slope * axis)
+            if rest.has(axis) or not slope.is_number:
+                return None
+            expression = rest + (slope * self.ends[axis] if slope * sign > 0 else 0)
+        return sympy.expand(expression)
+
+    def _every_row_sees(self, tensors: Sequence[Any]) -> bool:
+        """Whether each query provably sees a key, whatever the data: then a finite fill is a mask."""
+        conditions = [*self.hard, *self.soft]
+        if any(condition.data for condition in conditions):
+            self.notes.append("the fill is finite and depends on data: a row may see no key, so it stays a bias")
+            return False
+        for term in tensors:
+            source = term.source if isinstance(term, _Constant) else term
+            if not (term.finite if isinstance(term, _Constant) else _is_learned(source.node)):
+                self.notes.append(f"{source.node.name} is added too and may hide keys, so the finite fill stays a bias")
+                return False
+        visible = And(*(p for condition in conditions for p in condition.positional))
+        last = self.ends[K]
+        limits = [limit for relation in visible.atoms(Relational) if (limit := _limit(relation)) is not None]
+        for witness in [Q, Q + last - self.ends[Q], sympy.Integer(0), last, *limits]:
+            inside = And(sympy.Ge(witness, 0), sympy.Le(witness, last))
+            if not witness.has(K) and self._simplify(And(inside, visible.xreplace({K: witness}))) == sympy.true:
+                self.notes.append(f"every query sees key {witness}: the finite fill hides exactly what -inf would")
+                return True
+        self.notes.append("no key is provably visible to every query, so the finite fill stays a bias")
+        return False
+
+    def _text(self, conjuncts: Sequence[Boolean]) -> tuple[str, list[Boolean]]:
+        """The mask text of positional conjuncts, and those that cannot be told in the mask's symbols."""
+        names = self._length_names()
+        told, untold = [], []
+        for conjunct in conjuncts:
+            renamed = conjunct.xreplace(names)
+            try:
+                if renamed.free_symbols - set(symbols.SYMBOLS.values()):
+                    raise symbols.SpecError("a length that is neither the queries' nor the keys'")
+                symbols.mask_text(renamed)
+                told.append(renamed)
+            except symbols.SpecError as error:
+                self.notes.append(f"{conjunct} stays a tensor: {error}")
+                untold.append(conjunct)
+        return symbols.mask_text(And(*told)), untold
+
+    def _length_names(self) -> dict[sympy.Expr, sympy.Expr]:
+        """Size symbols of the graph in terms of ``q_len`` and ``k_len``, where two equations determine them."""
+        names: dict[sympy.Expr, sympy.Expr] = {}
+        for length, name in ((self.geometry.exprs[2], symbols.Q_LEN), (self.geometry.exprs[3], symbols.K_LEN)):
+            unknown = sorted(length.free_symbols - set(names), key=str)
+            for symbol in unknown:
+                slope = length.coeff(symbol, 1)
+                rest = sympy.expand(length - slope * symbol)
+                if abs(slope) == 1 and not rest.free_symbols - set(names):
+                    names[symbol] = sympy.expand((name - rest.xreplace(names)) / slope)
+                    break
+        return names
+
+    # The bias that remains.
+
+    def _biases(
+        self, change: Change, terms: Sequence[Any], proven: bool
+    ) -> list[Callable[[Emitter, Node | None], Node]]:
+        steps: list[Callable[[Emitter, Node | None], Node]] = []
+        if change.kind == "add":
+            kept = [t for t in terms if not isinstance(t, _Condition) and not (proven and isinstance(t, _Added))]
+            if len(kept) == len(terms) > 1:
+                # Nothing was taken out of the sum: it is already there.
+                kept = [Opaque(change.node, broadcast_index(value(change.node).shape, change.index))]
+            for term in kept:
+                self._check_layout(term if isinstance(term, Opaque) else term.source)
+                steps.append(functools.partial(self._add, term, change.factor))
+        elif any(terms[0] is condition for condition in self.soft) and not proven:
+            steps.append(self._kept_fill(change, terms[0]))
+        return steps
+
+    def _kept_fill(self, change: Change, condition: _Condition) -> Callable[[Emitter, Node | None], Node]:
+        # scores + finfo.min is finfo.min, whatever the score: a row that sees no key weighs all of them alike, as it
+        # does when all its scores are replaced by one number.
+        if self.geometry.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise NotAMask(
+                change.node,
+                f"a row that sees no key attends to all keys alike, which no bias in {self.geometry.dtype} does",
+            )
+        if change is not self.last:
+            raise NotAMask(change.node, f"scores replaced by {change.fill:g} are changed again before the softmax")
+        self._check_layout(condition.source)
+        self.notes.append(f"scores replaced by {change.fill:g} are kept as a bias at the dtype's minimum")
+        return functools.partial(self._fill, condition)
+
+    def _check_layout(self, source: Opaque) -> None:
+        if layout(source.index, self.geometry) is None:
+            raise NotAMask(source.node, "its layout has no form that broadcasts against (B, H, Q, K)")
+
+    def _add(self, term: Any, factor: float, emit: Emitter, bias: Node | None) -> Node:
+        source: Opaque = term if isinstance(term, Opaque) else term.source
+        dtype = value(source.node).dtype
+        node = None
+        if not isinstance(term, Opaque):
+            free = set().union(*(self._simplify(c).free_symbols for _, c in term.cases.items))
+            if Q not in free and not is_one(self.geometry.sizes[2]):
+                node = self._rebuilt(term.cases, dtype, emit)
+                self.notes.append(f"{source.node.name} does not depend on the query")
+                if node is None:
+                    index = tuple(i.xreplace({Q: sympy.Integer(0)}) for i in source.index)
+                    node = emit.read(source.node, index)
+        if node is None:
+            node = emit.read(source.node, source.index)
+        if factor != 1.0:
+            node = emit.call(aten.mul.Tensor, node, factor)
+        return node if bias is None else emit.call(aten.add.Tensor, bias, node)
+
+    def _rebuilt(self, cases: Cases, dtype: torch.dtype, emit: Emitter) -> Node | None:
+        """A tensor with these cases, built from the data alone; None when their conditions cannot be built."""
+        if not dtype.is_floating_point:
+            return None
+        first, *others = sorted(cases.items, key=lambda item: -item[0])
+        node: Node | None = None
+        try:
+            for number, condition in others:
+                shown = emit.boolean(Not(self._simplify(condition)))
+                if node is None:
+                    node = emit.call(aten.full.default, [], first[0], dtype=dtype, device=self.geometry.device)
+                node = emit.call(aten.where.ScalarOther, shown, node, number)
+        except Unsupported:
+            return None
+        return node
+
+    def _fill(self, condition: _Condition, emit: Emitter, bias: Node | None) -> Node:
+        dtype = self.geometry.dtype
+        shown = emit.condition(condition.all, condition.fallback)
+        if bias is None:
+            bias = emit.call(aten.full.default, [], 0.0, dtype=dtype, device=self.geometry.device)
+        return emit.call(aten.where.ScalarOther, shown, bias, torch.finfo(dtype).min)
+
+    def _build(
+        self,
+        steps: Sequence[Callable[[Emitter, Node | None], Node]],
+        data: Sequence[tuple[Boolean, Callable[[Emitter], Node]]],
+    ) -> Callable[[Emitter], Node] | None:
+        if not steps and not data:
+            return None
+
+        def build(emit: Emitter) -> Node:
+            bias: Node | None = None
+            for step in steps:
+                bias = step(emit, bias)
+            shown: Node | None = None
+            for condition, fallback in data:
+                each = emit.condition(condition, fallback)
+                shown = each if shown is None else emit.call(aten.logical_and.default, shown, each)
+            if shown is None or bias is None:
+                result = shown if bias is None else bias
+                assert result is not None
+                return result
+            return emit.call(aten.where.ScalarOther, shown, bias, -math.inf)
+
+        return build
+
+
+def _limit(relation: Relational) -> sympy.Expr | None:
+    """The key at which a comparison turns, when it is linear in the key."""
+    difference = sympy.expand(relation.lhs - relation.rhs)
+    slope = difference.coeff(K, 1)
+    rest = sympy.expand(difference - slope * K)
+    return -rest / slope if abs(slope) == 1 and not rest.has(K) else None
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """An added tensor whose values are known and are no mask, such as a penalty of -5. finite: none of them hides."""
+
+    source: Opaque
+    cases: Cases
+    finite: bool
+
+
+@dataclass
+class _Added:
+    """A finite fill that is added."""
+
+    condition: _Condition
+    source: Opaque
+    cases: Cases
+
+
+def it_truth(element: Any) -> Boolean | None:
+    """An element as a condition: a bool, or an integer that counts as true when it is not zero."""
+    if isinstance(element, Boolean):
+        return element
+    if isinstance(element, Cases):
+        return Or(*(And(c, bool(v) if isinstance(v, bool | float) else sympy.Ne(v, 0)) for v, c in element.items))
+    return None
+
+
+_LEARNED = {
+    aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.contiguous.default,
+    aten.clone.default, aten.index.Tensor, aten.index_select.default, aten.alias.default, aten.detach.default,
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.gather.default, aten.repeat.default,
+}  # fmt: skip
+
+
+def _is_learned(node: Node) -> bool:
+    """Whether a tensor is picked from weights (an embedding, a table of relative positions): such values are finite."""
+    while node.op == "call_function" and node.target in _LEARNED:
+        node = node.args[0]
+    if node.target is aten.embedding.default:
+        return True
+    if node.op == "get_attr":
+        return _is_parameter_read(node)
+    return isinstance(value(node), torch.nn.Parameter)
+
+
+def _is_parameter_read(node: Node) -> bool:
+    owner: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        owner = getattr(owner, name, None)
+    return isinstance(owner, torch.nn.Parameter)
+
+
+def readable(reason: str) -> str:
+    """A note without the interpreter's own names."""
+    return re.sub(r"\bread_", "", reason)
+
+
+def with_notes(plan: MaskPlan) -> dict[str, Any]:
+    """The plan as facts for the report."""
+    return {"mask": plan.text, "notes": [readable(n) for n in dict.fromkeys(plan.notes)]} if plan.notes else {}
+
+
+__all__ = ["AXES", "Change", "Emitter", "Geometry", "MaskPlan", "Masks", "NotAMask", "with_notes"]
