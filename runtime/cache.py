@@ -436,8 +436,18 @@ def status(root: Path | None = None) -> CacheStatus:
 
 
 def why_unwritable(root: Path) -> str | None:
-    """The reason the cache folder cannot be written, found by writing a small file; None when it can."""
+    """The reason the cache folder cannot be written, or None when it can.
+
+    Found by writing a small file there. A folder that does not exist yet is not made: its nearest parent is asked.
+    """
     try:
+        if not root.exists():
+            parent = next(folder for folder in root.parents if folder.exists())
+            if not parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+            if not os.access(parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+            return None
         store = Store(root)
         store.prepare()
         with tempfile.NamedTemporaryFile(dir=store.locks, prefix="probe-") as file:

@@ -86,7 +86,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
             raise BadArgument(f"{PREFIX}{name} is {value!r}: give a number") from None
 
     jobs = number("BUILD_JOBS", os.cpu_count() or 1)
-    if jobs != int(jobs):
+    if not float(jobs).is_integer():  # false for infinity and NaN too
         raise BadArgument(f"{PREFIX}BUILD_JOBS is {jobs!r}: give a whole number")
     cache_dir = read("CACHE_DIR")
     return Settings(
