@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.fx
 import torch.utils._pytree as pytree
+from torch._dynamo.exc import BackendCompilerFailed
 
-from ..runtime.errors import BadArgument
+from ..runtime.errors import BadArgument, TilewrightError
 from . import assemble
 from .backend import GraphProgram, compile_graph, require_changes
 from .bisect import Contribution, measure
@@ -127,8 +128,14 @@ class CompiledModule(torch.nn.Module):
         if self._dynamo_forward is None:
             self._dynamo_forward = torch.compile(self._orig_mod, backend=self._backend)
         known = len(self._programs)
-        with self._breaks.listening():
-            result = self._dynamo_forward(*args, **kwargs)
+        try:
+            with self._breaks.listening():
+                result = self._dynamo_forward(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            # Dynamo wraps what a backend raises; our own errors are for the user as they are.
+            if isinstance(error.inner_exception, TilewrightError):
+                raise error.inner_exception from None
+            raise
         if len(self._programs) > known and self.options.strict:
             require_changes(self.options, self.records)
         return result

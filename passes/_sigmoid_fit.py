@@ -5,7 +5,8 @@ about -log(sum_k exp(s_k)), which is -log(n) only where all scores are zero. The
 
     offset         b = -log(n) + c_h
     constant       b = c_h
-    query_linear   b = -log(n) - q.w_h + c_h     w_h: ridge regression of log(sum_k exp(s_k)) - log(n) on q
+    query_linear   b = -log(n) - q.w_h + c_h     w_h: ridge regression of log(sum_k exp(s_k)) - log(n) on q;
+                                                 q.w_h is limited to the range it has on the sampled rows
 
 each with c_h such that the head's rows sum to one on average.
 """
@@ -184,7 +185,8 @@ def _rows_of(t: Tensor, entry: int, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted bias. head: c, (Hq,) float32. query: w, (Hq, D) float32, or None.
+    """A fitted bias. head: c, (Hq,) float32. query: w, (Hq, D) float32, or None; query_range: least and greatest q.w of
+    the sampled rows, (2, Hq) float32: queries unlike all of them must not extrapolate.
 
     row_sum, rel_l2: mean over sampled rows of the sum of weights, and relative L2 error of the sampled outputs against
     softmax attention's; row_sum_std: standard deviation of the sums.
@@ -193,6 +195,7 @@ class Fit:
     form: str
     head: Tensor
     query: Tensor | None
+    query_range: Tensor | None
     row_sum: float
     row_sum_std: float
     rel_l2: float
@@ -207,18 +210,20 @@ def fit_biases(sample: Sample) -> list[Fit]:
     if not blocks:
         return []
     zero = torch.zeros(blocks[0].scores.shape[0], dtype=torch.float64, device=blocks[0].scores.device)
-    fits = [_measure("-log_n", blocks, [b.log_n for b in blocks], zero, None)]
+    fits = [_measure("-log_n", blocks, [b.log_n for b in blocks], zero)]
     for form in ("offset", "constant", "query_linear"):
-        query = None
+        query = span = None
         bases = [b.log_n if form != "constant" else torch.zeros_like(b.log_n) for b in blocks]
         if form == "query_linear":
             if sample.moments is None:
                 continue
             query = _regress(sample.moments).to(zero.device)
-            bases = [base + b.rows.q.double() @ query[:, :, None] for base, b in zip(bases, blocks, strict=True)]
+            linear = [b.rows.q.double() @ query[:, :, None] for b in blocks]
+            span = torch.stack([torch.cat(linear, 1).amin((1, 2)), torch.cat(linear, 1).amax((1, 2))]).float()
+            bases = [base + term for base, term in zip(bases, linear, strict=True)]
         # Scores are shifted by -base; c is what is left.
         head = solve_offset([b.scores.double() - base for b, base in zip(blocks, bases, strict=True)], zero)
-        fits.append(_measure(form, blocks, [base - head[:, None, None] for base in bases], head, query))
+        fits.append(_measure(form, blocks, [base - head[:, None, None] for base in bases], head, query, span))
     return fits
 
 
@@ -267,7 +272,14 @@ def _regress(moments: Tensor) -> Tensor:
     return torch.linalg.lstsq(gram, right[:, :, None]).solution[:, :-1, 0]
 
 
-def _measure(form: str, blocks: list[_Block], bases: list[Tensor], head: Tensor, query: Tensor | None) -> Fit:
+def _measure(
+    form: str,
+    blocks: list[_Block],
+    bases: list[Tensor],
+    head: Tensor,
+    query: Tensor | None = None,
+    span: Tensor | None = None,
+) -> Fit:
     sums, wrong, size = [], 0.0, 0.0
     for block, base in zip(blocks, bases, strict=True):
         weights = torch.sigmoid(block.scores - base.float())
@@ -282,6 +294,7 @@ def _measure(form: str, blocks: list[_Block], bases: list[Tensor], head: Tensor,
         form,
         head.float(),
         None if query is None else query.float(),
+        span,
         float(total.mean()) if len(total) else 0.0,
         float(total.std(correction=0)) if len(total) else 0.0,
         (wrong / size) ** 0.5 if size else 0.0,

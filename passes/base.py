@@ -20,7 +20,7 @@ import torch.fx
 
 from ..runtime import ops as canonical_ops
 from .site import Site, get_site, set_site
-from .view import GraphView, arguments, value
+from .view import GraphView, arguments, layout, signature, value
 
 Node = torch.fx.Node
 
@@ -125,11 +125,7 @@ class Builder:
         with graph.inserting_before(self.before):
             node = graph.call_function(target, args, kwargs)
         self._describe(node)
-        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), value)  # type: ignore[arg-type]
-        mode = next((m for m in map(_fake_mode, (self.before, *self.before.all_input_nodes)) if m), None)
-        if mode is not None:
-            with mode:
-                node.meta["val"] = target(*fake_args, **fake_kwargs)
+        node.meta["val"] = self._infer(target, *torch.fx.map_arg((args, kwargs), value))  # type: ignore[arg-type, misc]
         return node
 
     def constant(self, name: str, tensor: torch.Tensor) -> Node:
@@ -147,6 +143,25 @@ class Builder:
         mode = next((m for m in map(_fake_mode, (self.before, *self.before.all_input_nodes)) if m), None)
         node.meta["val"] = mode.from_tensor(tensor) if mode is not None else tensor
         return node
+
+    def _infer(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The fake result. Layers repeat: a canonical op, which never returns a view, is run once per kind of call."""
+        mode = next((m for m in map(_fake_mode, (self.before, *self.before.all_input_nodes)) if m), None)
+        if mode is None:
+            return None
+        if not canonical_ops.is_canonical(target):
+            with mode:
+                return target(*args, **kwargs)
+        key = (target, signature((args, tuple(sorted(kwargs.items())))))
+        if key not in self.view.results:
+            with mode:
+                self.view.results[key] = target(*args, **kwargs)
+            return self.view.results[key]
+        result, replaced = self.view.results[key], value(self.before)
+        if isinstance(replaced, torch.Tensor) and layout(replaced) == layout(result):
+            return replaced  # the node to be replaced goes, and its fake tensor is nobody else's
+        with mode:
+            return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=result.device)
 
     def _describe(self, node: Node) -> None:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):

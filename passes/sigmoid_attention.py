@@ -43,7 +43,8 @@ class SigmoidAttention(Pass):
     bias: b. A number; ``"-log_n"``: -log of the number of visible keys, a different one for each row; ``"calibrated"``:
         fitted for each head on calibration inputs, so that a row's weights sum to one on average.
     follow_queries: with ``"calibrated"``, let the bias be linear in the query too (D more numbers a head and one small
-        matrix product). Fitted by ridge regression of the rows' log-sum-exp. Not from the paper.
+        matrix product), fitted by ridge regression of the rows' log-sum-exp and kept within the range that the
+        calibration inputs span. Not from the paper.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -146,13 +147,18 @@ def _fitted(builder: Builder, named: Mapping[str, Any], site: str, fit: Fit) -> 
     if fit.form == "constant":
         return head
     shift = builder.call(aten.add.Tensor, negative_log_count(builder, named), head)
-    if fit.query is None:
+    if fit.query is None or fit.query_range is None:
         return shift
-    weight = builder.constant(f"{site}_query_bias", -fit.query[:, :, None])
     q = named["q"]
     if value(q).dtype != torch.float32:
         q = builder.call(aten.to.dtype, q, torch.float32)
-    return builder.call(aten.add.Tensor, shift, builder.call(aten.matmul.default, q, weight))
+    weight = builder.constant(f"{site}_query_weight", fit.query[:, :, None])
+    limits = [
+        builder.constant(f"{site}_query_{end}", limit.reshape(1, -1, 1, 1))
+        for end, limit in zip(("least", "most"), fit.query_range, strict=True)
+    ]
+    linear = builder.call(aten.clamp.Tensor, builder.call(aten.matmul.default, q, weight), *limits)
+    return builder.call(aten.sub.Tensor, shift, linear)
 
 
 # ------------------------------------------------------------------------------------------ the number of visible keys

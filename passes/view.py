@@ -106,7 +106,27 @@ def same_size(left: Any, right: Any) -> bool:
     """Whether two sizes (int or SymInt) are provably equal, without adding a guard."""
     if isinstance(left, int) and isinstance(right, int):
         return left == right
+    if _size(left) == _size(right):
+        return True
     return bool(statically_known_true(left == right))
+
+
+def _size(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Dtype, device, sizes and strides (symbolic ones as expressions): hashable, and comparing adds no guard."""
+    return tensor.dtype, tensor.device, tuple(map(_size, tensor.shape)), tuple(map(_size, tensor.stride()))
+
+
+def signature(item: Any) -> Any:
+    """What shape inference can see of a call's argument: a tensor's layout, any other value itself."""
+    if isinstance(item, torch.Tensor):
+        return torch.Tensor, item.requires_grad, layout(item)
+    if isinstance(item, list | tuple):
+        return tuple(map(signature, item))
+    return type(item), item.node.expr if isinstance(item, torch.SymInt | torch.SymFloat | torch.SymBool) else item
 
 
 class GraphView:
@@ -119,6 +139,8 @@ class GraphView:
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
         self.module = module
+        self.results: dict[Any, Any] = {}
+        """Fake results of canonical ops already inferred, by :func:`signature` of the call."""
 
     @property
     def graph(self) -> torch.fx.Graph:

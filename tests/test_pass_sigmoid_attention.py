@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
 from tilewright.passes import Decline, Needs, SigmoidAttention, SiteContext
 from tilewright.passes import _sigmoid_fit as sigmoid_fit
 from tilewright.passes.manager import PassRun, run_pass
@@ -18,8 +21,6 @@ from tilewright.passes.site import Site, set_site
 from tilewright.passes.view import GraphView
 from tilewright.runtime import errors
 from tilewright.runtime.ops import OPS
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 ATTENTION = OPS["attention"].overload
 COUNT = torch.ops.tilewright.visible_keys.default
@@ -458,6 +459,27 @@ def test_follow_queries_fits_linear_log_sums() -> None:
         errors_of[follow] = float((after - before).norm() / before.norm())
         assert done.rewrites[0].details["form"] == ("query_linear" if follow else "offset")
     assert errors_of[True] < 0.2 < 1 < errors_of[False]
+
+
+def test_follow_queries_does_not_extrapolate() -> None:
+    """A query far from all calibration queries gets the largest bias they had, not a larger one."""
+    example = qkv(heads=1, key_heads=1, q_len=64, k_len=64)
+    example["k"][:] += 1.0
+    module = graph_of([{"q": "q", "k": "k", "v": "v"}], example)
+    rewritten(module, SigmoidAttention("calibrated", True), [list(example.values())])
+    (node,) = module.graph.find_nodes(op="call_function", target=torch.ops.aten.clamp.Tensor)
+    ends = torch.Tensor(
+        [float(module.get_buffer(f"tilewright_layer_0_attention_query_{e}")) for e in ("least", "most")]
+    )
+    linear = example["q"].float() @ module.get_buffer("tilewright_layer_0_attention_query_weight")
+    torch.testing.assert_close(torch.stack([linear.min(), linear.max()]), ends)
+    example["k"].zero_()  # all scores 0: weights are the sigmoid of the bias alone
+    example["v"].fill_(1.0)
+    usual = module(*example.values())[0]
+    example["q"] *= 100
+    unusual = module(*example.values())[0]
+    torch.testing.assert_close(unusual.max(), usual.max(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(unusual.min(), usual.min(), rtol=1e-4, atol=1e-6)
 
 
 def test_padded_rows_do_not_count() -> None:

@@ -94,7 +94,7 @@ class Rope:
 
 
 def _joined(node: Node, dim: Any, facts: Facts) -> tuple[str, Node, list[Node]] | None:
-    """The layout, the joined tensor, the nodes after ``node`` up to it: cat joins halves, stack and flatten join pairs."""
+    """The layout, the joined tensor, the nodes after ``node`` up to it: cat joins halves, stack and flatten pairs."""
     rank = facts.rank(node)
     if not is_dim(dim, -1, rank):
         return None
