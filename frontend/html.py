@@ -105,7 +105,7 @@ def page(report: Report, graphs: Sequence[GraphPair] = (), kernels: Sequence[Ker
 
     from tilewright import __version__
 
-    return _template("report.html.jinja").render(
+    return template("report.html.jinja").render(
         report=report,
         versions=f"Tilewright {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -145,7 +145,7 @@ def fragment(report: Report, *, full: bool = False) -> str:
         counts[site["op"]] = counts.get(site["op"], 0) + 1
     raising = [("not raised", g) for g in group_sites(report.raising.declined, lambda r: same_reason(r.reason))]
     raising += [("near miss", g) for g in group_sites(report.raising.near_misses, lambda r: same_reason(r.reason))]
-    return _template("fragment.html.jinja").render(
+    return template("fragment.html.jinja").render(
         report=report,
         passes=rows,
         facts=model_error_facts(report.model_error) if report.model_error is not None else [],
@@ -161,7 +161,7 @@ def fragment(report: Report, *, full: bool = False) -> str:
 def _times(report: Report) -> str:
     total = sum(report.seconds.values())
     seconds = [(name, value, 100 * value / (total or 1.0)) for name, value in report.seconds.items()]
-    return _template("times.html.jinja").render(seconds=seconds, total=total)
+    return template("times.html.jinja").render(seconds=seconds, total=total)
 
 
 @functools.cache
@@ -172,11 +172,13 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=True,
+        autoescape=lambda name: name is not None and ".html" in name,
+        keep_trailing_newline=True,
     )
 
 
-def _template(name: str) -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A template of this stage; HTML ones escape what they are given."""
     return _environment().get_template(name)
 
 

@@ -1,0 +1,437 @@
+"""The kernels of a dump: one folder each, which runs without Tilewright.
+
+::
+
+    kernel.py             the rendered source that runs, unchanged
+    spec.json             what it was rendered from
+    inputs.safetensors    the tensors of one site that uses it
+    call.json             how kernel.launch and the reference take them, and the tolerance
+    reference.py          what is correct: plain torch code, traced from the op's definition for these inputs
+    check.py              runs kernel.py on the inputs and compares; needs torch and triton only
+    README.md             which lines of the model it belongs to
+
+Inputs are recorded where kernels are launched, so nothing here knows any kernel's signature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+import torch.fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..passes.execute import Hook, run, undisturbed
+from ..passes.site import get_site
+from ..passes.view import arguments, value
+from ..runtime import load
+from ..runtime.ops import OPS, CanonicalOp
+from .capture import copy_module
+from .html import template
+from .lower import KernelUse, set_target
+from .report_print import group_sites
+
+if TYPE_CHECKING:
+    from .compiled import CompiledModule
+    from .loaded import LoadedModule
+
+Node = torch.fx.Node
+# Operands whose gradients a dump does not ask for: masks and biases are seldom trained.
+_NO_GRADIENT = ("bias", "shift")
+
+
+@dataclass
+class _Launch:
+    """One recorded launch."""
+
+    kernel: load.Kernel
+    names: list[str]
+    args: list[Any]
+
+
+@dataclass
+class _Example:
+    """Arguments of one canonical op call, by schema name. origin: where they come from, in words."""
+
+    arguments: dict[str, Any]
+    origin: str
+
+
+def kernel_folders(compiled: CompiledModule | LoadedModule, backward: bool) -> Iterator[tuple[str, str | bytes]]:
+    """(path, content) of every file below ``kernels/``. Kernels are told apart by their digest."""
+    uses: dict[str, list[KernelUse]] = {}
+    for use in compiled.kernels:
+        uses.setdefault(use.digest, []).append(use)
+    yield "kernels/README.md", _overview(compiled)
+    number = 0
+    seen: set[str] = set()
+    for shared in uses.values():
+        first = shared[0]
+        op = OPS[first.op]
+        example = _example(compiled, first)
+        launches = _record(op, example, first.target, backward) if example is not None else []
+        if not any(launch.kernel.digest == first.digest for launch in launches):
+            # No inputs, or sizes seen at compile time ask for another kernel than the example's: text and spec only.
+            yield from _text_only(f"kernels/{number:02d}-{first.name}", first, shared, example)
+            seen.add(first.digest)
+            number += 1
+        for index, launch in enumerate(launches):
+            if launch.kernel.digest in seen:
+                continue
+            seen.add(launch.kernel.digest)
+            assert example is not None
+            name = f"kernels/{number:02d}-{launch.kernel.spec.kind}-{launch.kernel.digest[:8]}"
+            yield from _folder(name, launch, op, example, shared, is_backward=index > 0)
+            number += 1
+
+
+def _overview(compiled: CompiledModule | LoadedModule) -> str:
+    lines = ["# Kernels", ""]
+    lines.append("Each folder runs on its own: `python check.py` needs torch and triton, and no GPU.")
+    reference: dict[tuple[str, str], int] = {}
+    for row in compiled.report.kernels:
+        if not row.digest:
+            reference[row.op, row.reason] = reference.get((row.op, row.reason), 0) + 1
+    if reference:
+        lines += ["", "These ops run their reference form and have no folder:", ""]
+        lines += [f"- {count} x {op}: {reason or 'asked for'}" for (op, reason), count in reference.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _example(compiled: Any, use: KernelUse) -> _Example | None:
+    """The arguments of the site's op: from the example inputs, else random ones of the captured shapes."""
+    for record in compiled.records:
+        node = next((n for n in record.lowered.graph.nodes if n.name == use.node and _is_use(n, use)), None)
+        if node is None:
+            continue
+        if record.example_values is not None:
+            return _Example(_observe(record.lowered, use.node, record.example_values), "the model's example inputs")
+        return _random(node)
+    return None
+
+
+def _is_use(node: Node, use: KernelUse) -> bool:
+    return get_site(node) == use.site
+
+
+def _observe(lowered: torch.fx.GraphModule, name: str, inputs: Any) -> dict[str, Any]:
+    """Run the graph in its reference form and take the arguments of one node on the way."""
+    module = copy_module(lowered)
+    for node in module.graph.nodes:
+        if "target" in arguments(node) and str(node.target).startswith("tilewright."):
+            set_target(node, "reference")
+    module.recompile()
+    node = next(n for n in module.graph.nodes if n.name == name)
+    given = arguments(node)
+    needs = tuple(dict.fromkeys(node.all_input_nodes))
+    seen: dict[Node, Any] = {}
+
+    def keep(values: list[Any], result: Any) -> Any:
+        seen.update(zip(needs, values, strict=True))
+        return result
+
+    run(module, inputs, {node: Hook(needs, keep)})
+    named = {key: torch.fx.node.map_arg(item, seen.__getitem__) for key, item in given.items()}
+    return {k: v.detach().clone() if _fresh(v) else v for k, v in named.items()}
+
+
+def _fresh(item: Any) -> bool:
+    # Expanded tensors stay expanded: a clone would have the expanded size.
+    return isinstance(item, torch.Tensor) and all(stride > 0 or size <= 1 for size, stride in _dims(item))
+
+
+def _dims(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    return list(zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _random(node: Node) -> _Example | None:
+    """Normal values of the shapes seen when compiling; None when these are not known (a loaded module)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(item: Node) -> Any:
+        fake = value(item)
+        if not isinstance(fake, torch.Tensor):
+            return _hint(fake)
+        shape, stride = [_hint(s) for s in fake.shape], [_hint(s) for s in fake.stride()]
+        if fake.dtype == torch.bool:
+            data = torch.rand(shape, generator=generator) < 0.9
+        elif fake.dtype.is_floating_point:
+            data = torch.randn(shape, generator=generator).to(fake.dtype)
+        else:
+            data = torch.zeros(shape, dtype=fake.dtype)
+        narrow = data[tuple(slice(0, 1) if step == 0 else slice(None) for step in stride)]
+        strided = torch.empty_strided(narrow.shape, stride, dtype=fake.dtype).copy_(narrow)
+        return strided.expand(shape).to(fake.device)
+
+    if any(value(producer) is None for producer in node.all_input_nodes):
+        return None
+    named = {key: torch.fx.node.map_arg(item, make) for key, item in arguments(node).items()}
+    return _Example(named, "random values of the captured shapes (no example inputs were kept)")
+
+
+def _hint(size: Any) -> Any:
+    return size.node.hint if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
+
+
+def _differentiable(op: CanonicalOp, example: Mapping[str, Any]) -> list[str]:
+    """Names of the operands whose gradients are asked for, in the schema's order."""
+    return [
+        argument.name
+        for argument in op.overload._schema.arguments
+        if isinstance(example.get(argument.name), torch.Tensor)
+        and example[argument.name].dtype.is_floating_point
+        and argument.name not in _NO_GRADIENT
+    ]
+
+
+def _call(op: CanonicalOp, named: Mapping[str, Any], **changes: Any) -> Any:
+    merged = {**named, **changes}
+    schema = op.overload._schema.arguments
+    args = [merged[a.name] for a in schema if not a.kwarg_only]
+    return op.overload(*args, **{a.name: merged[a.name] for a in schema if a.kwarg_only and a.name in merged})
+
+
+def _record(op: CanonicalOp, example: _Example, target: str, backward: bool) -> list[_Launch]:
+    """Call the op on its kernel target and note the launches: first the forward's, then the backward's."""
+    named = dict(example.arguments)
+    leaves = []
+    for name in _differentiable(op, named) if backward else ():
+        named[name] = named[name].detach().requires_grad_(True)
+        leaves.append(named[name])
+
+    def once() -> None:
+        with torch.enable_grad():
+            result = _call(op, named, target=target)
+            if leaves:
+                generator = torch.Generator().manual_seed(1)
+                grad = torch.randn(result.shape, generator=generator).to(result)
+                torch.autograd.grad(result, leaves, grad, allow_unused=True)
+
+    with undisturbed():
+        once()  # loads every kernel that the call needs
+        with _listening() as launches:
+            once()
+    return launches
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[_Launch]]:
+    """Note every launch of a loaded kernel. The kernels themselves are put back afterwards."""
+    launches: list[_Launch] = []
+
+    def listen(kernel: load.Kernel) -> load.Kernel:
+        signature = inspect.signature(kernel.launch)
+
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            kept = [a.detach() if isinstance(a, torch.Tensor) else a for a in bound.arguments.values()]
+            launches.append(_Launch(kernel, list(bound.arguments), kept))
+            return kernel.launch(*args, **kwargs)
+
+        return dataclasses.replace(kernel, launch=launch)
+
+    original = dict(load._kernels)
+    for key, kernel in original.items():
+        load._kernels[key] = listen(kernel)
+    try:
+        yield launches
+    finally:
+        load._kernels.update(original)
+
+
+def _provenance(uses: list[KernelUse]) -> list[str]:
+    rows = [_SiteRow(use.site.id, use.site.source) for use in uses]
+    return [f"{g.count} x {g.site} ({g.rows[0].source})" for g in group_sites(rows, lambda row: row.source)]
+
+
+@dataclass
+class _SiteRow:
+    site: str
+    source: str
+
+
+def _text_only(
+    folder: str, use: KernelUse, uses: list[KernelUse], example: _Example | None
+) -> Iterator[tuple[str, str | bytes]]:
+    name = "kernel.cpp" if use.target == "cpp" else "kernel.py"
+    why = (
+        "There are no inputs: the module was loaded from a file, which keeps none."
+        if example is None
+        else "There are no inputs: on the example's sizes another kernel of the op runs."
+    )
+    yield f"{folder}/{name}", use.text
+    yield f"{folder}/spec.json", json.dumps(use.spec.to_dict(), indent=1, sort_keys=True) + "\n"
+    lines = [f"# {use.name}", "", f"Runs `tilewright::{use.op}` on target {use.target} at:", ""]
+    yield f"{folder}/README.md", "\n".join([*lines, *(f"- {row}" for row in _provenance(uses)), "", why]) + "\n"
+
+
+def _folder(
+    folder: str, launch: _Launch, op: CanonicalOp, example: _Example, uses: list[KernelUse], *, is_backward: bool
+) -> Iterator[tuple[str, str | bytes]]:
+    kernel = launch.kernel
+    store = _TensorStore()
+    launch_args = [store.put(name, item) for name, item in zip(launch.names, launch.args, strict=True)]
+    if is_backward:
+        wrt = _differentiable(op, example.arguments)
+        grad = launch.args[0]
+        tensors, source = _traced(op, {**example.arguments, "grad": grad}, wrt)
+    else:
+        tensors, source = _traced(op, example.arguments, None)
+        wrt = ["out"]
+    dtype = next(t for t in tensors.values() if t.dtype.is_floating_point).dtype
+    tolerance = op.tolerance[dtype]
+    call = {
+        "kernel": kernel.spec.kind,
+        "digest": kernel.digest,
+        "launch": launch_args,
+        "reference": [store.put(name, tensor) for name, tensor in tensors.items()],
+        "outputs": wrt,
+        "tolerance": {"atol": tolerance.atol, "rtol": tolerance.rtol},
+        # A gradient goes through the forward's arithmetic and about as much again, twice.
+        "factor": 4.0 if is_backward else 1.0,
+    }
+    what = "the gradient of " if is_backward else ""
+    yield f"{folder}/kernel.py", kernel.text
+    yield f"{folder}/spec.json", json.dumps(kernel.spec.to_dict(), indent=1, sort_keys=True) + "\n"
+    yield f"{folder}/inputs.safetensors", safetensors.torch.save(store.tensors)
+    yield f"{folder}/call.json", json.dumps(call, indent=1) + "\n"
+    yield f"{folder}/reference.py", source
+    yield f"{folder}/check.py", template("check.py.jinja").render(kind=kernel.spec.kind, digest=kernel.digest[:8])
+    readme = [
+        f"# {kernel.spec.kind}-{kernel.digest[:8]}",
+        "",
+        f"Computes {what}`tilewright::{op.name}` at these sites of the model:",
+        "",
+        *(f"- {row}" for row in _provenance(uses)),
+        "",
+        f"`inputs.safetensors` holds the arguments of the first site, from {example.origin}.",
+        "`python check.py` compares `kernel.py` with `reference.py` on them. It needs torch and triton, and where there",
+        "is no GPU it runs the same text in Triton's interpreter.",
+        "",
+    ]
+    yield f"{folder}/README.md", "\n".join(readme)
+
+
+class _TensorStore:
+    """Tensors by name, each once; expanded dims are stored with size 1 and strides beside."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._keys: dict[Any, str] = {}
+
+    def put(self, name: str, item: Any) -> Any:
+        """How call.json writes an argument: ``{"tensor", "shape", "stride"}``, or a JSON value."""
+        if isinstance(item, torch.dtype):
+            return {"dtype": str(item).removeprefix("torch.")}
+        if not isinstance(item, torch.Tensor):
+            return item
+        same = (item.data_ptr(), tuple(item.shape), item.stride(), item.dtype)
+        key = self._keys.get(same) if item.numel() else None
+        if key is None:
+            key = name if name not in self.tensors else f"{name}_{len(self.tensors)}"
+            self._keys[same] = key
+            narrow = item[tuple(slice(0, 1) if step == 0 and size > 1 else slice(None) for size, step in _dims(item))]
+            self.tensors[key] = narrow.detach().cpu().contiguous().clone()
+        return {"tensor": key, "shape": list(item.shape), "stride": list(item.stride())}
+
+
+def _traced(op: CanonicalOp, named: Mapping[str, Any], wrt: list[str] | None) -> tuple[dict[str, torch.Tensor], str]:
+    """The reference as straight-line torch code for these arguments, in float64, and the tensors it takes.
+
+    wrt: names of the operands to give gradients for; the output itself when None.
+    """
+    tensors = {name: item.detach() for name, item in named.items() if isinstance(item, torch.Tensor)}
+    constants = {
+        # A dtype asked of the result would round it.
+        name: torch.float64 if isinstance(item, torch.dtype) and item.is_floating_point else item
+        for name, item in named.items()
+        if name not in tensors and name != "target"
+    }
+    wide = {name: t.double() if t.dtype.is_floating_point else t for name, t in tensors.items()}
+    order = list(wide)
+
+    def forward(*inputs: torch.Tensor) -> Any:
+        given = dict(zip(order, inputs, strict=True))
+        grad = given.pop("grad", None)
+        if wrt is None:
+            return _reference(op, given, constants)
+        leaves = {name: given[name].detach().requires_grad_(True) for name in wrt}
+        with torch.enable_grad():
+            result = _reference(op, {**given, **leaves}, constants)
+            return torch.autograd.grad(result, list(leaves.values()), grad)
+
+    with undisturbed():
+        traced = make_fx(_flat(forward, len(order)))(*wide.values())
+    traced.graph.eliminate_dead_code()
+    for node, name in zip([n for n in traced.graph.nodes if n.op == "placeholder"], order, strict=True):
+        node.name = node.target = name
+    code = traced.graph.python_code("self").src
+    return tensors, _reference_source(op, traced, code, order, constants, wrt)
+
+
+def _flat(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    # make_fx names inputs after the signature, and a starred one is taken as it is called.
+    def call(*inputs: Any) -> Any:
+        assert len(inputs) == count
+        return function(*inputs)
+
+    return call
+
+
+def _reference(op: CanonicalOp, tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
+    merged = {**tensors, **constants}
+    schema = [a for a in op.overload._schema.arguments if a.name in merged]
+    args = [merged[a.name] for a in schema if not a.kwarg_only]
+    return op.reference(*args, **{a.name: merged[a.name] for a in schema if a.kwarg_only})
+
+
+def _reference_source(
+    op: CanonicalOp,
+    traced: torch.fx.GraphModule,
+    code: str,
+    order: list[str],
+    constants: Mapping[str, Any],
+    wrt: list[str] | None,
+) -> str:
+    lines = code.strip("\n").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("def "))
+    body = [line.split(";  ")[0] if ";  " in line else line for line in lines[start + 1 :] if line.strip()]
+    attributes = {n.target: getattr(traced, n.target) for n in traced.graph.nodes if n.op == "get_attr"}
+    for name, tensor in attributes.items():
+        # Constants that tracing met, such as 0-d tensors.
+        literal = f"torch.tensor({tensor.tolist()!r}, dtype={tensor.dtype})"
+        body = [line.replace(f"self.{name}", literal) for line in body]
+    given = ", ".join(f"{name}={item!r}" for name, item in constants.items())
+    what = f"the gradients of tilewright::{op.name} by {', '.join(wrt)}" if wrt else f"tilewright::{op.name}"
+    general = textwrap.indent(inspect.getsource(op.reference).rstrip(), "# ", lambda line: True)
+    return "\n".join(
+        [
+            f'"""What is correct: {what}, in float64.',
+            "",
+            f"Constants of this call: {given or 'none'}.",
+            "The steps were traced for the shapes of inputs.safetensors; the definition they come from is at the end.",
+            '"""',
+            "",
+            "import torch",
+            "from torch import device, inf, nan",
+            "",
+            "",
+            f"def reference({', '.join(order)}):",
+            *body,
+            "",
+            "",
+            "# The definition:",
+            "#",
+            *(line.rstrip() for line in general.splitlines()),
+            "",
+        ]
+    )
