@@ -16,6 +16,7 @@ import difflib
 import importlib.util
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -89,6 +90,7 @@ def _from_file(path: Path, attribute: str) -> type[Pass]:
     spec = importlib.util.spec_from_file_location(f"tilewright_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up the module that postponed annotations belong to
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything; the sentence must name the file
