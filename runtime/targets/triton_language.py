@@ -71,20 +71,20 @@ def _swaps() -> list[tuple[Any, str, Any]]:
             )
         return made[function.fn]
 
-    modules, classes = _scopes()
+    modules, _ = _scopes()
     swaps: list[tuple[Any, str, Any]] = []
-    members: dict[str, Any] = {}
     for module in modules:
         for name, value in vars(module).items():
             if isinstance(value, old):
                 swaps.append((module, name, counterpart(value)))
-                members.setdefault(value.fn.__name__, counterpart(value))
     for name, value in vars(tl.tensor).items():
-        # `x.sum()`: compiled, the class holds the JITFunction itself; interpreted, a forwarding function.
-        if not interpreted and isinstance(value, old):
+        # `x.sum()`: compiled, the class holds the JITFunction itself; interpreted, a function that forwards to it.
+        if isinstance(value, JITFunction) and not interpreted:
             swaps.append((tl.tensor, name, _forward(counterpart(value))))
-        elif interpreted and name in members and not tl.core.is_builtin(value) and hasattr(value, "signature"):
-            swaps.append((tl.tensor, name, members[name]))
+        elif interpreted and isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                if isinstance(cell.cell_contents, InterpretedFunction):
+                    swaps.append((tl.tensor, name, counterpart(cell.cell_contents)))
     return swaps
 
 
