@@ -62,17 +62,21 @@ def dump(
     return folder
 
 
-def _make_room(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder with foreign files; take away the files of a previous dump, and nothing else."""
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise :class:`~tilewright.runtime.errors.BadArgument` for a folder that a dump must not be written to."""
     if folder.exists() and not folder.is_dir():
         raise BadArgument(f"{folder} is a file: name a folder for the dump")
-    folder.mkdir(parents=True, exist_ok=True)
-    previous = _previous(folder)
-    if previous is None and any(folder.iterdir()) and not overwrite:
+    if not overwrite and folder.exists() and any(folder.iterdir()) and _previous(folder) is None:
         raise BadArgument(
-            f"{folder} is not empty and no previous dump: name another folder, or pass overwrite=True to write into it"
+            f"{folder} is not empty and no previous dump: name another folder, or overwrite (its other files stay)"
         )
-    for path in previous or ():
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder with foreign files; take away the files of a previous dump, and nothing else."""
+    check_folder(folder, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in _previous(folder) or ():
         target = folder / path
         if target.is_file() and target.resolve().is_relative_to(folder.resolve()):
             target.unlink()

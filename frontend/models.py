@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..runtime.errors import BadExampleInputs, MissingDependency, UnknownModel
-from .text import evaluation_text
+from .text import evaluation_text, token_blocks
 
 SENTENCES = ("A man is eating food on the terrace.", "She plays the guitar.")
 LENGTH = 64  # tokens of a language model's example
@@ -271,3 +271,19 @@ def _transformers() -> Any:
     # Its weight-loading bars would mix with the command line's own output.
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def calibration_batches(loaded: LoadedModel, count: int = 4, length: int = 256) -> list[Any]:
+    """Batches to fit passes on: other text than the example inputs', or these themselves for a factory's model.
+
+    count, length: blocks and tokens a block, for language models.
+    """
+    if loaded.kind == "causal-lm":
+        # The example is the text's beginning; errors are measured there, so calibration starts behind it.
+        blocks = token_blocks(loaded.tokenizer, count, length, start=4)
+        return [((), {"input_ids": block, "use_cache": False}) for block in blocks]
+    if loaded.kind == "encoder":
+        lines = [line.strip() for line in evaluation_text().splitlines() if 40 <= len(line.strip()) <= 200]
+        chosen = [lines[i * 8 : i * 8 + 8] for i in range(count)]
+        return [((), dict(loaded.tokenizer(one, return_tensors="pt", padding=True, truncation=True))) for one in chosen]
+    return [(loaded.args, loaded.kwargs)]
