@@ -293,13 +293,13 @@ def default_tiles(head_dim: int, value_dim: int, dtype: str, *, backward: bool, 
 _FORWARD_TILES: dict[tuple[str, bool], tuple[tuple[int, Tiles], ...]] = {
     ("half", True): ((64, Tiles(128, 64, 4, 3)), (128, Tiles(128, 64, 8, 2)), (256, Tiles(64, 32, 4, 2))),
     ("half", False): ((64, Tiles(128, 64, 4, 1)), (128, Tiles(64, 32, 4, 1)), (256, Tiles(32, 32, 4, 1))),
-    ("float32", True): ((64, Tiles(64, 32, 8, 2)), (128, Tiles(32, 32, 8, 2)), (256, Tiles(16, 32, 8, 1))),
+    ("float32", True): ((64, Tiles(64, 32, 8, 1)), (128, Tiles(32, 32, 8, 1)), (256, Tiles(16, 32, 8, 1))),
     ("float32", False): ((64, Tiles(64, 32, 8, 1)), (128, Tiles(32, 16, 8, 1)), (256, Tiles(16, 16, 8, 1))),
 }
 _BACKWARD_TILES: dict[tuple[str, bool], tuple[tuple[int, Tiles], ...]] = {
     ("half", True): ((64, Tiles(64, 64, 4, 2)), (128, Tiles(32, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
     ("half", False): ((64, Tiles(32, 64, 4, 1)), (128, Tiles(32, 32, 4, 1)), (256, Tiles(16, 16, 4, 1))),
-    ("float32", True): ((64, Tiles(32, 32, 8, 1)), (128, Tiles(16, 32, 8, 1)), (256, Tiles(16, 16, 8, 1))),
+    ("float32", True): ((64, Tiles(32, 32, 8, 1)), (128, Tiles(16, 16, 8, 1)), (256, Tiles(16, 16, 8, 1))),
     ("float32", False): ((64, Tiles(32, 32, 8, 1)), (128, Tiles(16, 16, 8, 1)), (256, Tiles(16, 16, 8, 1))),
 }
 INTERPRETER_TILES = Tiles(32, 32, 4, 1)
