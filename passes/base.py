@@ -149,18 +149,19 @@ class Builder:
         mode = next((m for m in map(_fake_mode, (self.before, *self.before.all_input_nodes)) if m), None)
         if mode is None:
             return None
-        if not canonical_ops.is_canonical(target):
-            with mode:
+        results, key = self.view.results, None
+        if canonical_ops.is_canonical(target):
+            region = self.view.autocast.get(self.before)
+            key = (target, region, signature((args, tuple(sorted(kwargs.items())))))
+        with mode, self.view.running_as(self.before):
+            if key is None:
                 return target(*args, **kwargs)
-        key = (target, signature((args, tuple(sorted(kwargs.items())))))
-        if key not in self.view.results:
-            with mode:
-                self.view.results[key] = target(*args, **kwargs)
-            return self.view.results[key]
-        result, replaced = self.view.results[key], value(self.before)
-        if isinstance(replaced, torch.Tensor) and layout(replaced) == layout(result):
-            return replaced  # the node to be replaced goes, and its fake tensor is nobody else's
-        with mode:
+            if key not in results:
+                results[key] = target(*args, **kwargs)
+                return results[key]
+            result, replaced = results[key], value(self.before)
+            if isinstance(replaced, torch.Tensor) and layout(replaced) == layout(result):
+                return replaced  # the node to be replaced goes, and its fake tensor is nobody else's
             return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=result.device)
 
     def _describe(self, node: Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import networkx as nx
 import torch
 import torch.fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.multiprocessing.reductions import StorageWeakRef
 
 aten = torch.ops.aten
 
@@ -129,6 +131,16 @@ def signature(item: Any) -> Any:
     return type(item), item.node.expr if isinstance(item, torch.SymInt | torch.SymFloat | torch.SymBool) else item
 
 
+def _storage(node: torch.fx.Node) -> Any:
+    """What tells tensors that share memory, or None when unknown."""
+    val = value(node)
+    return StorageWeakRef(val.untyped_storage()) if isinstance(val, torch.Tensor) else None
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
 class GraphView:
     """The data-flow DAG of one graph module: nodes are fx nodes, edges run from producer to user.
 
@@ -153,11 +165,61 @@ class GraphView:
         dag.add_edges_from((producer, node) for node in self.graph.nodes for producer in node.all_input_nodes)
         return dag
 
+    @cached_property
+    def autocast(self) -> dict[torch.fx.Node, tuple[Any, ...]]:
+        """The nodes inside autocast regions of the graph -> (device type, dtype, enabled, cache) of the innermost."""
+        regions: list[torch.fx.Node] = []
+        found = {}
+        for node in self.graph.nodes:
+            if node.target is torch.amp.autocast_mode._enter_autocast:
+                regions.append(node)
+            elif node.target is torch.amp.autocast_mode._exit_autocast:
+                regions.remove(node.args[0])
+            elif regions:
+                found[node] = regions[-1].args
+        return found
+
+    def running_as(self, node: torch.fx.Node) -> contextlib.AbstractContextManager[Any]:
+        """The autocast that is in force at ``node``, to infer dtypes in."""
+        if node not in self.autocast:
+            return contextlib.nullcontext()
+        device, dtype, enabled, cache = self.autocast[node]
+        return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
+
+    def modified(self, covered: Iterable[torch.fx.Node], root: torch.fx.Node) -> torch.fx.Node | None:
+        """A node that modifies in place what ``covered`` reads or makes, while it is computed, or None.
+
+        Moving the whole computation to ``root`` would read other values then.
+        """
+        if not self._mutating:
+            return None
+        inside = {*covered, root}
+        first = min(inside)
+        between = [node for node in self._mutating if first < node < root and node not in inside]
+        if not between:
+            return None
+        storages = {_storage(tensor) for node in inside for tensor in (node, *node.all_input_nodes)} - {None}
+        for node in between:
+            written = [
+                arg for arg, info in zip(node.args, node.target._schema.arguments, strict=False) if _writes(info)
+            ]
+            if any(not isinstance(arg, torch.fx.Node) or _storage(arg) in (None, *storages) for arg in written):
+                return node
+        return None
+
+    @cached_property
+    def _mutating(self) -> list[torch.fx.Node]:
+        targets = ((node, node.target) for node in self.graph.nodes if node.op == "call_function")
+        return [node for node, target in targets if getattr(getattr(target, "_schema", None), "is_mutable", False)]
+
     def refresh(self) -> None:
-        self.__dict__.pop("dag", None)
+        for name in ("dag", "autocast", "_mutating"):
+            self.__dict__.pop(name, None)
 
     def insert(self, node: torch.fx.Node) -> None:
         """Tell the view of a node that was added to the graph, or whose arguments were changed."""
+        if node not in self.autocast and node.next in self.autocast:
+            self.autocast[node] = self.autocast[node.next]
         if "dag" in self.__dict__:
             self.dag.add_node(node)
             self.dag.remove_edges_from(list(self.dag.in_edges(node)))
@@ -172,6 +234,9 @@ class GraphView:
         """Remove a node that nothing uses."""
         if "dag" in self.__dict__ and node in self.dag:
             self.dag.remove_node(node)
+        self.autocast.pop(node, None)
+        if node in self._mutating:
+            self._mutating.remove(node)
         self.graph.erase_node(node)
 
     def escaping(self, covered: Iterable[torch.fx.Node], root: torch.fx.Node) -> torch.fx.Node | None:

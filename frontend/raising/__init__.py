@@ -6,7 +6,6 @@ looks at its operands, attention before the softmax it contains, linear last bec
 
 from __future__ import annotations
 
-import importlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,28 +18,24 @@ from ...passes.base import Builder
 from ...passes.site import Site, name_site, set_site, source_line
 from ...passes.view import GraphView, is_assertion, same_sizes, value
 from ...runtime import ops as canonical_ops
+from . import attention, gated_mlp, layer_norm, linear, rms_norm, rope, softmax
 from .rules import Decline, Facts, NearMiss, Raised, RaiseRule
 
-__all__ = ["RaiseResult", "raise_graph", "rules"]
+__all__ = ["RULES", "RaiseResult", "raise_graph"]
 
 Node = torch.fx.Node
 
 DETAILS = "tilewright_details"
-_RULES = ("rope", "rms_norm", "layer_norm", "gated_mlp", "attention", "softmax", "linear")
-
-
-def rules() -> list[RaiseRule]:
-    """Every rule in the order they run: the ``RULES`` of each module."""
-    found: list[RaiseRule] = []
-    for name in _RULES:
-        try:
-            module = importlib.import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{name}":
-                raise
-            continue
-        found.extend(module.RULES)
-    return found
+RULES: tuple[RaiseRule, ...] = (
+    *rope.RULES,
+    *rms_norm.RULES,
+    *layer_norm.RULES,
+    *gated_mlp.RULES,
+    *attention.RULES,
+    *softmax.RULES,
+    *linear.RULES,
+)
+"""Every rule in the order they run."""
 
 
 @dataclass
@@ -65,7 +60,7 @@ def raise_graph(module: torch.fx.GraphModule, only: Sequence[RaiseRule] | None =
     module: a pre-dispatch ATen graph with ``meta["val"]`` on its nodes. only: these rules instead of all.
     The outputs stay the same within the tolerance of the ops (``tilewright.runtime.ops``).
     """
-    return _Raiser(module).run(rules() if only is None else only)
+    return _Raiser(module).run(RULES if only is None else only)
 
 
 class _Raiser:
@@ -108,6 +103,10 @@ class _Raiser:
         root = raised.root or anchor
         if (leak := self.view.escaping(raised.covered, root)) is not None:
             return NearMiss(leak, f"its intermediate result {leak.name} is used elsewhere too")
+        if (writer := self.view.modified(raised.covered, root)) is not None:
+            return NearMiss(writer, "it modifies a tensor of the site in place while the site is computed")
+        if len({self.view.autocast.get(node) for node in (root, *raised.covered)}) > 1:
+            return NearMiss(root, "an autocast region begins or ends inside the site")
         builder = Builder(self.view, root)
         overload = canonical_ops.OPS[raised.op].overload
         named = {a.name: arg for a, arg in zip(overload._schema.arguments, raised.args, strict=False)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx
 
@@ -69,10 +71,15 @@ class WrittenRmsNorm:
         source = next((s for s in (x, wide) if Facts.dtype(s) == dtype), None)
         if source is None:
             return NearMiss(affine.root, f"it is rounded to {dtype}, but x has {Facts.dtype(x)}")
+        kwargs: dict[str, Any] = {}
+        if affine.offset:
+            kwargs["weight_offset"] = affine.offset
+        if affine.rounded and affine.weight is not None:
+            kwargs["round_before_weight"] = True
         return Raised(
             "rms_norm",
             (source, affine.weight if affine.rounded else weight_as_stored(affine.weight), scaled.eps),
-            {"weight_offset": affine.offset, "round_before_weight": affine.rounded and affine.weight is not None},
+            kwargs,
             (*scaled.covered, *mean[1], *square[1], *affine.covered),
             node,
             root=affine.root,

@@ -40,7 +40,7 @@ class AtenSoftmax:
     def match(self, node: Node, view: GraphView, facts: Facts) -> Raised | NearMiss | Decline | None:
         given = arguments(node)
         dtype = torch.float32 if given.get("half_to_float") else given.get("dtype")
-        kwargs = {"dtype": dtype, "log": node.target in _LOG}
+        kwargs = ({"dtype": dtype} if dtype is not None else {}) | ({"log": True} if node.target in _LOG else {})
         return Raised("softmax", (given["self"], given["dim"]), kwargs, (node,), node)
 
 
@@ -86,7 +86,8 @@ class WrittenSoftmax:
         x, shift = _shifted(node.args[0], dim, rank)
         if isinstance(x, NearMiss):
             return x
-        return Raised("softmax", (x, dim), {"log": log}, (*covered, *inside, root, *shift), node, root=root)
+        covered += [*inside, root, *shift]
+        return Raised("softmax", (x, dim), {"log": True} if log else {}, tuple(covered), node, root=root)
 
 
 class LogSumExp:
