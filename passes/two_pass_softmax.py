@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..codegen.softmax import ALGORITHMS
 from ..runtime.errors import BadPassOption, UnsupportedKernel
 from ..runtime.ops.softmax import HALF, KERNEL_DTYPES, hint, promoted_dtype, row_fits_on_chip
+from ._attention_softmax import split_attention
 from .base import Builder, Decline, Exactness, Pass, Rewrite, SiteContext
 from .view import GraphView, arguments, is_assertion, value
 
@@ -49,7 +50,8 @@ class TwoPassSoftmax(Pass):
     Quality: the same function, rounded differently, within the op's tolerance (2^-17 relative in float32). In half types
     a step in front that rounds is left where it is, so that the scores are the model's own, bit for bit.
 
-    force: rewrite rows that a cache holds, too, where the saved pass costs no memory traffic.
+    force: rewrite rows that a cache holds, too, where the saved pass costs no memory traffic, and take attentions
+        apart, so that the softmax inside becomes one of its own (for comparisons: a fused attention is faster).
     row_bytes: rewrite rows of at least this many bytes; by default more than the CPU's second-level cache, and on a GPU
         rows that fit on chip, and longer ones when those in flight are more than its second-level cache.
     fuse_rounded: in half types, fuse steps that round as well: more accurate scores, but not the model's.
@@ -57,7 +59,8 @@ class TwoPassSoftmax(Pass):
     """
 
     exactness = Exactness.REASSOCIATED
-    ops = ("softmax",)
+    ops = ("softmax", "attention")
+    after = frozenset({"sigmoid-attention"})  # a sigmoid attention has no softmax left
 
     force: bool = False
     row_bytes: int | None = None
@@ -72,6 +75,8 @@ class TwoPassSoftmax(Pass):
             raise BadPassOption(f"two-pass-softmax: algorithm is {self.algorithm!r}, but must be one of {choices}")
 
     def rewrite(self, site: SiteContext) -> Rewrite | Decline:
+        if site.op == "attention":
+            return self._inside_attention(site)
         if site.arg("algorithm") != "auto":
             return Decline(f"its algorithm has been chosen before: {site.arg('algorithm')}")
         scores = _fuse(site, self.fuse_rounded)
@@ -117,6 +122,21 @@ class TwoPassSoftmax(Pass):
             return builder.call(site.node.target, **(arguments(site.node) | changes | {"x": scores.x, "bias": bias}))
 
         return Rewrite(build, details)
+
+    def _inside_attention(self, site: SiteContext) -> Rewrite | Decline:
+        """The softmax of an attention stands alone only after taking the attention apart."""
+        if site.arg("normalizer") != "softmax":
+            return Decline(f"its normalizer is {site.arg('normalizer')}")
+        if not self.force:
+            return Decline(
+                "its softmax is part of an attention, whose scores need not go through memory at all; "
+                "force=True takes the attention apart"
+            )
+        # The length decides between one_read and two_pass at each call, unless the user has decided.
+        return Rewrite(
+            split_attention(site, algorithm=self.algorithm),
+            {"algorithm": self.algorithm, "taken_apart": "attention_scores, softmax, attention_values"},
+        )
 
     def _unprofitable(self, device: torch.device, row: int, rows: int, on_chip: bool) -> str | None:
         """Why the rewrite would not save memory traffic, or None."""
