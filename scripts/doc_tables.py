@@ -56,10 +56,10 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
 
 def updated(text: str, name: str, table: str) -> str:
     """``text`` with the table ``name`` replaced. Raises ValueError when its markers are missing."""
-    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end: {name} -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"there are no markers for the table {name!r}")
-    return pattern.sub(lambda match: match[1] + table + match[2], text)
+    return pattern.sub(lambda match: match[1] + table + "\n" + match[2], text)
 
 
 def main(arguments: list[str]) -> int:
