@@ -22,14 +22,14 @@ import sympy
 import torch
 import torch.fx
 from sympy.core.function import AppliedUndef
-from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, Boolean, Not, Or, to_nnf
 
 from ...codegen import symbols
 from ...passes.view import arguments, value
-from .masks_emit import AXES, HEAD, Emitter, Geometry, K, Q, layout
+from .masks_emit import AXES, HEAD, Emitter, Geometry, Q, layout
+from .masks_proof import Ranges, is_learned
 from .rules import Facts
-from .symbolic import Cases, Index, Interpreter, Mutated, Opaque, Unsupported, broadcast_index, is_one
+from .symbolic import Cases, Index, Interpreter, Mutated, Opaque, Unsupported, broadcast_index, is_one, truth
 
 Node = torch.fx.Node
 aten = torch.ops.aten
@@ -56,6 +56,14 @@ class Change:
     factor: float = 1.0
     fill: float = -math.inf
     inverted: bool = False
+
+
+_Fallback = Callable[[Emitter], Node]
+
+
+def _hides(number: float, dtype: torch.dtype) -> bool:
+    """Whether adding the number hides a pair beside a visible one."""
+    return number <= HIDES or (dtype.is_floating_point and number <= torch.finfo(dtype).min)
 
 
 class NotAMask(Exception):
@@ -100,7 +108,7 @@ class _Condition:
 
     positional: list[Boolean]
     data: list[Boolean]
-    fallback: Callable[[Emitter], Node]
+    fallback: _Fallback
     source: Opaque
 
     @property
@@ -112,7 +120,7 @@ class _Planner:
     def __init__(self, interpreter: Interpreter, geometry: Geometry) -> None:
         self.interpreter = interpreter
         self.geometry = geometry
-        self.ends = {axis: size - 1 for axis, size in zip(AXES, geometry.exprs, strict=True)}
+        self.ranges = Ranges(geometry)
         self.hard: list[_Condition] = []
         self.soft: list[_Condition] = []
         self.notes: list[str] = []
@@ -152,9 +160,9 @@ class _Planner:
             if not value(node).dtype.is_floating_point:
                 raise NotAMask(node, f"a tensor of {value(node).dtype} is added to the scores")
             return self._addition(change, element, Opaque(node, index))
-        visible = it_truth(element)
-        if visible is None:
+        if isinstance(element, Opaque):
             raise NotAMask(node, "a condition that is no boolean")
+        visible = truth(element) if isinstance(element, Cases) else element
         if change.kind == "fill" and not change.inverted:
             visible = Not(visible)
         flip = change.kind == "fill" and not change.inverted
@@ -172,54 +180,81 @@ class _Planner:
         self.soft.append(condition)
         return [condition]
 
-    def _addition(self, change: Change, element: Any, whole: Opaque) -> list[Any]:
+    def _addition(self, change: Change, element: Any, whole: Opaque, shown_by: _Fallback | None = None) -> list[Any]:
+        """shown_by: builds where the element is 0, when its own node does not hold it."""
         if isinstance(element, Opaque):
             parts = self._parts(element) if change.factor == 1.0 else None
             if parts is None:
-                return [whole]
-            return [term for part, source in parts for term in self._addition(change, part, source)]
+                # The tensor behind the views is smaller where they expand it.
+                return [whole if layout(element.index, self.geometry) is None else element]
+            return [term for part in parts for term in self._addition(change, *part)]
         dtype = value(whole.node).dtype
-        if any(not isinstance(v, float) for v, _ in element.items):
-            return [whole]  # an integer tensor
         scaled = [(v * change.factor if v else 0.0, c) for v, c in element.items]
         shown = Or(*(c for v, c in scaled if v == 0.0))
-        others = [v for v, c in scaled if v != 0.0 and self._simplify(c) != sympy.false]
-        lowest = torch.finfo(dtype).min if dtype.is_floating_point else HIDES
+        others = [v for v, c in scaled if v != 0.0 and self.ranges.simplify(c) != sympy.false]
         if not others:
             self.notes.append(f"{whole.node.name} adds 0 everywhere")
             return []
 
-        def fallback(emit: Emitter) -> Node:
+        def compare(emit: Emitter) -> Node:
             return emit.call(aten.eq.Scalar, emit.read(whole.node, self._shrink(whole.index, shown)), 0)
 
         if all(v == -math.inf for v in others):
-            condition = self._split(shown, fallback, whole)
+            condition = self._split(shown, shown_by or compare, whole)
             self.hard.append(condition)
             return [condition]
-        if all(v <= HIDES or v <= lowest * change.factor for v in others) and change.factor > 0:
-            condition = self._split(shown, fallback, whole)
+        if all(_hides(v / change.factor, dtype) and v < 0 for v in others):
+            condition = self._split(shown, shown_by or compare, whole)
             self.soft.append(condition)
             return [_Added(condition, whole, element)]
         return [_Constant(whole, element, all(REPLACES < v < math.inf for v in others))]
 
-    def _parts(self, element: Opaque) -> list[tuple[Any, Opaque]] | None:
-        """``a + b`` as two parts when one of them is known by position, such as T5's position bias plus its mask."""
-        node = element.node
-        if node.target is not aten.add.Tensor or arguments(node)["alpha"] != 1:
+    def _parts(self, element: Opaque) -> list[tuple[Any, ...]] | None:
+        """A sum of a mask and a bias as two terms: ``bias + mask``, or ``where(visible, bias, -inf)``, as T5 adds."""
+        node, given = element.node, arguments(element.node)
+        try:
+            if node.target is aten.add.Tensor and given["alpha"] == 1:
+                found = [self._operand(operand, element.index) for operand in node.args[:2]]
+                return found if any(not isinstance(part[0], Opaque) for part in found) else None
+            if node.target in (aten.where.self, aten.where.ScalarOther):
+                return self._selected(node, given["condition"], given["self"], given["other"], False, element.index)
+            if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+                return self._selected(node, given["mask"], given["self"], given["value"], True, element.index)
+        except (Mutated, Unsupported):
             return None
-        found = []
-        for operand in node.args[:2]:
-            if not isinstance(operand, Node) or not isinstance(value(operand), torch.Tensor):
-                return None
-            index = broadcast_index(value(operand).shape, element.index)
-            try:
-                found.append((self.interpreter.element(operand, index), Opaque(operand, index)))
-            except Mutated:
-                return None
-        return found if any(not isinstance(part, Opaque) for part, _ in found) else None
+        return None
 
-    def _split(self, visible: Boolean, fallback: Callable[[Emitter], Node], source: Opaque) -> _Condition:
-        simple = self._simplify(to_nnf(visible, simplify=False))
+    def _operand(self, operand: Any, index: Index) -> tuple[Any, Opaque]:
+        if not isinstance(operand, Node) or not isinstance(value(operand), torch.Tensor):
+            raise Unsupported("not a tensor")
+        index = broadcast_index(value(operand).shape, index)
+        return self.interpreter.element(operand, index), Opaque(operand, index)
+
+    def _selected(
+        self, node: Node, mask: Node, bias: Any, fill: Any, inverted: bool, index: Index
+    ) -> list[tuple[Any, ...]] | None:
+        number = self.interpreter.cases(fill, index).single
+        if (
+            not isinstance(number, float)
+            or not _hides(number, value(node).dtype)
+            or value(bias).dtype != value(node).dtype
+        ):
+            return None
+        visible, source = self._operand(mask, index)
+        if isinstance(visible, Opaque):
+            return None
+        shown = truth(visible) if isinstance(visible, Cases) else visible
+        shown = Not(shown) if inverted else shown
+
+        def build(emit: Emitter) -> Node:
+            read = emit.boolean_of(emit.read(mask, self._shrink(source.index, shown)))
+            return emit.call(aten.logical_not.default, read) if inverted else read
+
+        mask_term = (Cases(((0.0, shown), (number, Not(shown)))), source, build)
+        return [self._operand(bias, index), mask_term]
+
+    def _split(self, visible: Boolean, fallback: _Fallback, source: Opaque) -> _Condition:
+        simple = self.ranges.simplify(to_nnf(visible, simplify=False))
         if simple == sympy.false:
             return _Condition([], [simple], fallback, source)
         conjuncts = [] if simple == sympy.true else list(simple.args) if isinstance(simple, And) else [simple]
@@ -229,45 +264,11 @@ class _Planner:
 
     def _shrink(self, index: Index, visible: Boolean) -> Index:
         """The index with 0 for the query and the head where the condition provably does not depend on them."""
-        free = self._simplify(to_nnf(visible, simplify=False)).free_symbols
+        free = self.ranges.simplify(to_nnf(visible, simplify=False)).free_symbols
         zero = {axis: sympy.Integer(0) for axis in (HEAD, Q) if axis not in free}
         return tuple(i.xreplace(zero) for i in index)
 
     # What is provable.
-
-    def _simplify(self, condition: Boolean) -> Boolean:
-        """Decide comparisons that the ranges of the axes decide."""
-        if isinstance(condition, And | Or):
-            return condition.func(*map(self._simplify, condition.args))
-        if isinstance(condition, Not):
-            return Not(self._simplify(condition.args[0]))
-        if not isinstance(condition, Relational) or condition.atoms(AppliedUndef, sympy.Mod, sympy.floor):
-            return condition
-        difference = sympy.expand(condition.lhs - condition.rhs)
-        low, high = self._end(difference, -1), self._end(difference, 1)
-        if low is None or high is None:
-            return condition
-        negative, positive = bool(high.is_negative), bool(low.is_positive)
-        not_positive, not_negative = bool(high.is_nonpositive), bool(low.is_nonnegative)
-        always, never = {
-            "<": (negative, not_negative),
-            "<=": (not_positive, positive),
-            ">": (positive, not_positive),
-            ">=": (not_negative, negative),
-            "==": (low == 0 and high == 0, negative or positive),
-            "!=": (negative or positive, low == 0 and high == 0),
-        }[condition.rel_op]
-        return sympy.true if always else sympy.false if never else condition
-
-    def _end(self, expression: sympy.Expr, sign: int) -> sympy.Expr | None:
-        """The largest (sign 1) or smallest (-1) value over the axes' ranges; None when it is not linear in them."""
-        for axis in AXES:
-            slope = expression.coeff(axis, 1)
-            rest = sympy.expand(expression - slope * axis)
-            if rest.has(axis) or not slope.is_number:
-                return None
-            expression = rest + (slope * self.ends[axis] if slope * sign > 0 else 0)
-        return sympy.expand(expression)
 
     def _every_row_sees(self, tensors: Sequence[Any]) -> bool:
         """Whether each query provably sees a key, whatever the data: then a finite fill is a mask."""
@@ -277,17 +278,13 @@ class _Planner:
             return False
         for term in tensors:
             source = term.source if isinstance(term, _Constant) else term
-            if not (term.finite if isinstance(term, _Constant) else _is_learned(source.node)):
+            if not (term.finite if isinstance(term, _Constant) else is_learned(source.node)):
                 self.notes.append(f"{source.node.name} is added too and may hide keys, so the finite fill stays a bias")
                 return False
         visible = And(*(p for condition in conditions for p in condition.positional))
-        last = self.ends[K]
-        limits = [limit for relation in visible.atoms(Relational) if (limit := _limit(relation)) is not None]
-        for witness in [Q, Q + last - self.ends[Q], sympy.Integer(0), last, *limits]:
-            inside = And(sympy.Ge(witness, 0), sympy.Le(witness, last))
-            if not witness.has(K) and self._simplify(And(inside, visible.xreplace({K: witness}))) == sympy.true:
-                self.notes.append(f"every query sees key {witness}: the finite fill hides exactly what -inf would")
-                return True
+        if (witness := self.ranges.seen_key(visible)) is not None:
+            self.notes.append(f"every query sees key {witness}: the finite fill hides exactly what -inf would")
+            return True
         self.notes.append("no key is provably visible to every query, so the finite fill stays a bias")
         return False
 
@@ -361,7 +358,7 @@ class _Planner:
         dtype = value(source.node).dtype
         node = None
         if not isinstance(term, Opaque):
-            free = set().union(*(self._simplify(c).free_symbols for _, c in term.cases.items))
+            free = set().union(*(self.ranges.simplify(c).free_symbols for _, c in term.cases.items))
             if Q not in free and not is_one(self.geometry.sizes[2]):
                 node = self._rebuilt(term.cases, dtype, emit)
                 self.notes.append(f"{source.node.name} does not depend on the query")
@@ -382,7 +379,7 @@ class _Planner:
         node: Node | None = None
         try:
             for number, condition in others:
-                shown = emit.boolean(Not(self._simplify(condition)))
+                shown = emit.boolean(Not(self.ranges.simplify(condition)))
                 if node is None:
                     node = emit.call(aten.full.default, [], first[0], dtype=dtype, device=self.geometry.device)
                 node = emit.call(aten.where.ScalarOther, shown, node, number)
@@ -422,14 +419,6 @@ class _Planner:
         return build
 
 
-def _limit(relation: Relational) -> sympy.Expr | None:
-    """The key at which a comparison turns, when it is linear in the key."""
-    difference = sympy.expand(relation.lhs - relation.rhs)
-    slope = difference.coeff(K, 1)
-    rest = sympy.expand(difference - slope * K)
-    return -rest / slope if abs(slope) == 1 and not rest.has(K) else None
-
-
 @dataclass(frozen=True)
 class _Constant:
     """An added tensor whose values are known and are no mask, such as a penalty of -5. finite: none of them hides."""
@@ -446,41 +435,6 @@ class _Added:
     condition: _Condition
     source: Opaque
     cases: Cases
-
-
-def it_truth(element: Any) -> Boolean | None:
-    """An element as a condition: a bool, or an integer that counts as true when it is not zero."""
-    if isinstance(element, Boolean):
-        return element
-    if isinstance(element, Cases):
-        return Or(*(And(c, bool(v) if isinstance(v, bool | float) else sympy.Ne(v, 0)) for v, c in element.items))
-    return None
-
-
-_LEARNED = {
-    aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.contiguous.default,
-    aten.clone.default, aten.index.Tensor, aten.index_select.default, aten.alias.default, aten.detach.default,
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.gather.default, aten.repeat.default,
-}  # fmt: skip
-
-
-def _is_learned(node: Node) -> bool:
-    """Whether a tensor is picked from weights (an embedding, a table of relative positions): such values are finite."""
-    while node.op == "call_function" and node.target in _LEARNED:
-        node = node.args[0]
-    if node.target is aten.embedding.default:
-        return True
-    if node.op == "get_attr":
-        return _is_parameter_read(node)
-    return isinstance(value(node), torch.nn.Parameter)
-
-
-def _is_parameter_read(node: Node) -> bool:
-    owner: Any = node.graph.owning_module
-    for name in str(node.target).split("."):
-        owner = getattr(owner, name, None)
-    return isinstance(owner, torch.nn.Parameter)
 
 
 def readable(reason: str) -> str:
