@@ -10,6 +10,7 @@ what was built.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from typing import Any
 from ..codegen.render import render
 from ..codegen.spec import KernelSpec, SpecError
 from . import cache, fingerprint, settings, targets
-from .errors import NotBuilt, TilewrightError, UnsupportedKernel
+from .errors import BuildError, CacheError, NotBuilt, TilewrightError, UnsupportedKernel
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -100,6 +101,7 @@ def build(spec: KernelSpec, target: str) -> Path:
 
     Holds the entry's file lock while building, so that of many processes one builds and the others wait for it.
     Where the cache folder cannot be written, says so once and builds in a folder private to this process.
+
     Raises :class:`~.errors.NotBuilt` when building is needed and forbidden, :class:`~.errors.BuildError`,
     :class:`~.errors.CacheError` when no folder at all can be written, and as :func:`is_built`.
     """
@@ -129,7 +131,10 @@ def load(spec: KernelSpec, target: str) -> Kernel:
             _build(order)
             kernel = _open(key, order)
         if kernel is None:
-            raise NotBuilt(f"the {spec.kind} kernel for {target} was built twice and could not be read back")
+            raise CacheError(
+                f"the {spec.kind} kernel for {target} was built twice and could not be read back: something removes or "
+                f"alters files in {settings.get().cache_dir} and in the temporary folder"
+            )
         return kernel
 
 
@@ -194,6 +199,17 @@ def forget() -> None:
         _key_locks.clear()
 
 
+def _after_fork() -> None:
+    """A lock that another thread of the parent held stays locked in the child for ever: make new ones."""
+    global _lock
+    _lock = threading.Lock()
+    _key_locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _find(order: _Order) -> Path | None:
     for store in cache.stores(settings.get().cache_dir):
         if store.check(order.digest, order.target.source_name, order.text) is None:
@@ -205,7 +221,12 @@ def _open(key: tuple[KernelSpec, str], order: _Order) -> Kernel | None:
     folder = _find(order)
     if folder is None:
         return None
-    launch = order.target.open(folder, order.spec, order.text, order.digest)
+    try:
+        launch = order.target.open(folder, order.spec, order.text, order.digest)
+    except OSError as error:
+        if _find(order) != folder:  # cleared or damaged by another process since it was checked
+            return None
+        raise BuildError(f"the {order.spec.kind} kernel in {folder} cannot be loaded: {error}") from error
     kernel = Kernel(order.spec, key[1], order.text, folder / order.target.source_name, order.digest, launch)
     _kernels[key] = kernel
     return kernel

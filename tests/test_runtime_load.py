@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -131,6 +132,61 @@ def test_threads_build_once_and_share_the_kernel(tmp_path, monkeypatch):
         thread.join()
     assert len(found) == 8 and len({id(kernel) for kernel in found}) == 1
     assert builds(tmp_path) == 1
+
+
+def test_an_entry_cleared_between_check_and_open_is_built_again(monkeypatch, tmp_path):
+    load.build(ToySpec(), "counting")
+    target, real = targets.get("counting"), CountingTarget.open
+    calls = []
+
+    def open_late(folder, spec, text, digest):
+        calls.append(folder)
+        if len(calls) == 1:
+            cache.clear()
+        return real(target, folder, spec, text, digest)
+
+    monkeypatch.setattr(target, "open", open_late, raising=False)
+    assert load.load(ToySpec(), "counting").launch(1) == (64, "a", 1)
+    assert builds(tmp_path) == 2 and len(calls) == 2
+
+
+def test_a_sound_entry_that_does_not_open_is_a_build_error(monkeypatch, tmp_path):
+    def cannot(folder, spec, text, digest):
+        raise OSError("undefined symbol: launch")
+
+    monkeypatch.setattr(targets.get("counting"), "open", cannot, raising=False)
+    with pytest.raises(errors.BuildError, match="undefined symbol"):
+        load.load(ToySpec(), "counting")
+    assert builds(tmp_path) == 1
+
+
+def test_an_entry_that_is_always_damaged_ends_in_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "_private", {})
+    monkeypatch.setattr(cache.Store, "problem", lambda self, folder: "damaged by a test")
+    with pytest.warns(errors.TilewrightWarning), pytest.raises(errors.CacheError, match="built twice"):
+        load.load(ToySpec(), "counting")
+    assert builds(tmp_path) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_during_a_build_does_not_hang_the_child(tmp_path):
+    """In the child, the thread that built the kernel is gone, and the locks it held must not be."""
+    code = (
+        "import os, signal, threading, time\nimport runtime_toy; runtime_toy.install()\n"
+        "from tilewright.runtime import load\n"
+        "thread = threading.Thread(target=load.load, args=(runtime_toy.ToySpec(), 'counting'))\nthread.start()\n"
+        "while not os.path.exists(os.environ['TOY_LOG']): time.sleep(0.01)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    signal.alarm(30)\n"
+        "    os._exit(0 if load.load(runtime_toy.ToySpec(), 'counting').launch(1) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\nthread.join()\n"
+    )
+    environment = runtime_toy.environment(
+        settings.get().cache_dir, TOY_LOG=os.environ["TOY_LOG"], TOY_SECONDS="1", PYTHONWARNINGS="ignore"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90)
+    assert run.stdout.strip() == "0", run.stderr
 
 
 def test_many_are_built_at_the_same_time(tmp_path, monkeypatch):

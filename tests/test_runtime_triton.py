@@ -307,6 +307,14 @@ def test_cross_compiling_with_an_unusable_cache(tmp_path):
         assert cc.cross_compile(runtime_toy.toy_text(ToySpec(), "triton"), "sm_80")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_compiled_target_loads_and_says_so_at_launch():
+    kernel = load.load(ToySpec(), "triton")
+    assert kernel.text == runtime_toy.toy_text(ToySpec(), "triton")
+    with pytest.raises(errors.UnsupportedKernel, match="triton-interpret"):
+        kernel.launch(torch.ones(2, 3))
+
+
 @pytest.mark.gpu
 def test_on_the_gpu():
     kernel = load.load(ToySpec(), "triton")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...codegen.spec import KernelSpec
-from ..errors import BuildError, MissingDependency
+from ..errors import BuildError, MissingDependency, UnsupportedKernel
 
 
 @functools.cache
@@ -73,6 +73,23 @@ def import_text(text: str, path: Path, digest: str, interpret: bool) -> types.Mo
     return module
 
 
+def _has_driver() -> bool:
+    """Whether Triton finds a GPU driver that works. A kernel can be built, and cross-compiled, without one."""
+    from triton.runtime import driver
+
+    try:
+        return driver.active is not None and driver.active.get_current_target() is not None
+    except RuntimeError:  # "0 active drivers": Triton's way of saying that there is no GPU
+        return False
+
+
+def _no_gpu(*args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedKernel(
+        "target triton launches on a GPU, and Triton finds none that works here (`tilewright doctor` says more): use "
+        "target triton-interpret to run the same kernel slowly on the CPU"
+    )
+
+
 class _TritonTarget:
     source_name = "kernel.py"
     name: str
@@ -106,7 +123,7 @@ class TritonTarget(_TritonTarget):
 
         module = import_text(text, folder / self.source_name, digest, interpret=False)
         compile_below(module)
-        return module.launch
+        return module.launch if _has_driver() else _no_gpu
 
 
 class TritonInterpretTarget(_TritonTarget):
