@@ -1,136 +1,111 @@
-"""Attention in float64 with a bound, element by element, on how far a kernel may be from it.
-
-Let u be the unit roundoff of the inputs' dtype (2^-24, 2^-11, 2^-8) and u32 = 2^-24. A score is a dot product of D terms
-in float32, scaled and with its bias added: it is off by e_s = (D + 8) u32 (scale sum_d |q_d k_d| + |bias| + |shift|). A weight
-is off by the factor 1 + e_w with e_w = 2 e_s (numerator, denominator) + (Lk + 16) u32 (sums; exp2 and division are
-good to 2 units). Rounding weights to the dtype before they meet v costs another factor of 1 + 2u, and storing the result
-1 + 2u: 2u and not u, because Triton's interpreter truncates to bfloat16 where GPUs round to nearest. float16 weights below
-the normal range are off by 2^-24 absolutely. Every sum is bounded by the sum of its terms' magnitudes.
-"""
+"""Helpers of the attention tests: capture a function, raise it, compare with the function in float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tilewright.codegen.attention import AttentionBackwardSpec, AttentionSpec
-from tilewright.runtime.ops.attention import reference, visible_pairs
+from tilewright.frontend.raising import RaiseResult, raise_graph
+from tilewright.frontend.raising.attention import RULES
+from tilewright.runtime.ops.attention import TOLERANCE
 
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-U32 = 2.0**-24
-
-
-def double(tensor: Tensor | None) -> Tensor | None:
-    """The same values in float64, as a leaf that wants a gradient when it can have one."""
-    if tensor is None or tensor.dtype == torch.bool:
-        return tensor
-    return tensor.detach().double().requires_grad_()
+ATTENTION = torch.ops.tilewright.attention.default
 
 
-class Expected:
-    """Output and gradients in float64, and their bounds, for the inputs of a kernel."""
+class Function(nn.Module):
+    """A function as a module, so that it can be exported and be in training mode."""
 
-    def __init__(self, inputs: list[Tensor | None], grad: Tensor, scale: float, mask: str, normalizer: str) -> None:
-        exact = [double(tensor) for tensor in inputs]
-        out = reference(*exact, scale=scale, mask=mask, normalizer=normalizer)
-        wanted = [tensor for tensor in exact if tensor is not None and tensor.dtype != torch.bool]
-        found = iter(torch.autograd.grad(out, wanted, grad.double(), allow_unused=True))
-        grads = [next(found) if t is not None and t.dtype != torch.bool else None for t in exact]
-        self.out = out.detach()
-        self.dq, self.dk, self.dv, self.dbias, self.dshift = grads
-        self._bound([None if t is None else t.detach() for t in exact], grad, scale, mask, normalizer, inputs[0].dtype)
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
 
-    def _bound(self, exact, grad, scale, mask, normalizer, dtype) -> None:
-        q, k, v, bias, shift = exact
-        group = q.shape[1] // k.shape[1]
-        unit, tiny = UNIT[dtype], 2.0**-24 if dtype == torch.float16 else 0.0
-        keys, values = (t.repeat_interleave(group, 1) for t in (k, v))
-        scores = scale * q @ keys.mT
-        size = scale * q.abs() @ keys.abs().mT
-        visible = torch.ones((), dtype=torch.bool)
-        if bias is not None and bias.dtype == torch.bool:
-            visible = visible & bias
-        elif bias is not None:
-            scores = scores + bias
-            size = size + bias.abs().masked_fill(bias.isinf(), 0.0)
-        if mask:
-            visible = visible & visible_pairs(q, k, mask)
-        if shift is not None:
-            scores = scores + shift
-            size = size + shift.abs()
-        if normalizer == "softmax":
-            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
-        else:
-            weights = scores.sigmoid() * visible
-        largest = size.amax() if size.numel() else torch.zeros(())
-        error = 2 * (q.shape[3] + 8) * U32 * largest + (k.shape[2] + 16) * U32
-        gradient = grad.double()
-        length = q.shape[2] + k.shape[2] + q.shape[3] + v.shape[3]
-        self.out_bound = (error + 4 * unit) * (weights @ values.abs()) + tiny * values.abs().sum(-2, keepdim=True)
-        self.lse = scores.masked_fill(~visible, float("-inf")).logsumexp(-1)
-        self.lse_bound = error + 4 * U32 * self.lse.abs().nan_to_num(0.0, posinf=0.0)
-        # dz = w (dw - delta): delta comes from the rounded output, dz is rounded to the dtype before it meets q or k.
-        dw = gradient.abs() @ values.abs().mT
-        delta = (gradient.abs() * (weights @ values.abs())).sum(-1, keepdim=True)
-        dz = weights * (dw + (delta if normalizer == "softmax" else 0.0))
-        factor = 2 * error + 8 * unit + length * U32
-        grouped = (k.shape[0], k.shape[1], group)
-        self.dz_bound = factor * dz
-        self.dq_bound = scale * (factor * dz @ keys.abs() + tiny * keys.abs().sum(-2, keepdim=True))
-        dk = scale * (factor * dz.mT @ q.abs() + tiny * q.abs().sum(-2, keepdim=True))
-        dv = factor * weights.mT @ gradient.abs() + tiny * gradient.abs().sum(-2, keepdim=True)
-        self.dk_bound = dk.reshape(*grouped, *dk.shape[2:]).sum(2)
-        self.dv_bound = dv.reshape(*grouped, *dv.shape[2:]).sum(2)
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(*args)
 
 
-def close(name: str, found: Tensor, expected: Tensor, bound: Tensor) -> None:
-    """Fail, saying by how much, unless every element is within its bound; infinities and NaN have to agree."""
-    assert found.shape == expected.shape, f"{name}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    same = (found.double() == expected) | (found.double().isnan() & expected.isnan())
-    error = (found.double() - expected).abs().masked_fill(same, 0.0)
-    ok = error <= bound.expand_as(error) + 1e-30
-    worst = (error / (bound.expand_as(error) + 1e-30)).max().item() if not bool(ok.all()) else 0.0
-    assert bool(ok.all()), (
-        f"{name}: {int((~ok).sum())} of {ok.numel()} elements beyond the bound, worst {worst:.3g} of it"
-    )
+@dataclass
+class Raised:
+    """A captured graph before and after raising, with its outputs."""
+
+    module: torch.fx.GraphModule
+    result: RaiseResult
+    before: Any
+    after: Any
+
+    @property
+    def calls(self) -> list[torch.fx.Node]:
+        return [node for node in self.module.graph.nodes if node.target is ATTENTION]
+
+    @property
+    def call(self) -> torch.fx.Node:
+        (call,) = self.calls
+        return call
+
+    def argument(self, name: str) -> Any:
+        from tilewright.passes.view import arguments
+
+        return arguments(self.call)[name]
+
+    def shape(self, name: str) -> tuple[Any, ...] | None:
+        node = self.argument(name)
+        return None if node is None else tuple(node.meta["val"].shape)
+
+    @property
+    def notes(self) -> str:
+        return " ".join(note for details in self.result.details.values() for note in details.get("notes", ()))
 
 
-def make_inputs(
-    spec: AttentionSpec | AttentionBackwardSpec,
-    lengths: tuple[int, int],
-    batch: int,
-    key_heads: int,
-    layout: str,
-    seed: int,
-) -> list[Tensor | None]:
-    """q, k, v, bias, shift as the kernel of ``spec`` takes them. layout: how q, k, v lie in memory."""
+def raise_function(
+    function: Callable[..., Any], *args: Tensor, training: bool = False, dynamic_shapes: Any = None
+) -> Raised:
+    """Export, raise, and run before and after on the same inputs (and the same random seed)."""
+    module = function if isinstance(function, nn.Module) else Function(function)
+    module.train(training)
+    with torch.no_grad():
+        graph = torch.export.export(module, args, strict=False, dynamic_shapes=dynamic_shapes).module()
+        torch.manual_seed(0)
+        before = graph(*args)
+        result = raise_graph(graph, RULES)
+        torch.manual_seed(0)
+        after = graph(*args)
+    return Raised(graph, result, before, after)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else [t for t in output if isinstance(t, Tensor)]
+
+
+def assert_close(actual: Any, expected: Any, dtype: torch.dtype, equal_nan: bool = False) -> None:
+    """Within the tolerance of the canonical op for ``dtype``; ``expected`` usually is float64."""
+    tolerance = TOLERANCE[dtype]
+    for a, e in zip(tensors(actual), tensors(expected), strict=True):
+        torch.testing.assert_close(a.double(), e.double(), atol=tolerance.atol, rtol=tolerance.rtol, equal_nan=equal_nan)
+
+
+def in_float64(function: Callable[..., Any], args: Sequence[Tensor]) -> Any:
+    with torch.no_grad():
+        return function(*(a.double() if a.is_floating_point() else a for a in args))
+
+
+def qkv(
+    dtype: torch.dtype = torch.float32,
+    batch: int = 2,
+    heads: int = 4,
+    key_heads: int | None = None,
+    queries: int = 7,
+    keys: int | None = None,
+    width: int = 16,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    dtype = DTYPES[spec.dtype]
-    q_len, k_len = lengths
-    heads = key_heads * spec.group
+    keys = queries if keys is None else keys
+    key_heads = heads if key_heads is None else key_heads
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+    def draw(h: int, length: int) -> Tensor:
+        return torch.randn(batch, h, length, width, generator=generator).to(dtype)
 
-    def tensor(count: int, length: int, dim: int) -> Tensor:
-        if layout == "heads_last":
-            return normal(batch, length, count, dim).transpose(1, 2).to(dtype)
-        if layout == "transposed":
-            return normal(batch, count, dim, length).transpose(2, 3).to(dtype)
-        if layout == "strided":
-            return normal(batch, count, 2 * length, 2 * dim).to(dtype)[:, :, ::2, ::2]
-        return normal(batch, count, length, dim).to(dtype)
-
-    q = tensor(heads, q_len, spec.head_dim)
-    k, v = tensor(key_heads, k_len, spec.head_dim), tensor(key_heads, k_len, spec.value_dim)
-    bias = shift = None
-    if spec.bias != "none":
-        shape = (batch, heads if seed % 2 else 1, q_len if spec.bias_rows else 1, k_len)
-        if spec.bias == "bool":
-            bias = torch.rand(*shape, generator=generator) > 0.3
-        else:
-            bias = normal(*shape).to(DTYPES[spec.bias])
-    if spec.shift:
-        shift = normal(1, heads, 1, 1)
-    return [q, k, v, bias, shift]
+    return draw(heads, queries), draw(key_heads, keys), draw(key_heads, keys)

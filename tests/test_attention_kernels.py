@@ -1,4 +1,4 @@
-"""The attention kernels under Triton's interpreter against float64, within the bounds of attention_cases.py."""
+"""The attention kernels under Triton's interpreter against float64, within the bounds of attention_bounds.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import Expected, close, make_inputs
+from attention_bounds import Expected, close, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
