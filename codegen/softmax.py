@@ -220,7 +220,7 @@ def choose_tile(n: int, rows: int, contiguous: str, one_read: bool, held: int = 
     rows = next_power_of_two(rows)
     if contiguous == "cols":
         cols = next_power_of_two(n) if one_read else min(next_power_of_two(n), 4096)
-        height = max(1, min(rows, 2048 // cols))
+        height = max(1, min(rows, 1024, 2048 // cols))
     else:
         height = min(rows, 64 if not one_read else max(1, min(64, MAX_TILE // held // next_power_of_two(n))))
         cols = next_power_of_two(n) if one_read else max(1, min(next_power_of_two(n), 4096 // height))

@@ -219,7 +219,9 @@ def _geometry(
         raise UnsupportedKernel(f"one_read holds a row on chip, and {n} elements do not fit")
     rows, cols, warps = choose_tile(n, groups[0][0], contiguous, algorithm == "one_read", held)
     programs = -(-groups[0][0] // rows) * math.prod(size for size, _ in groups[1:])
-    span = max(sum((size - 1) * step for size, step in zip(shape, steps, strict=True) if size) for steps in strides)
+    spans = [[(size, step) for size, step in zip(shape, steps, strict=True) if size > 1] for steps in strides]
+    # The last tile runs over the end before it is masked.
+    reach = [sum((size - 1) * step for size, step in dims) + MAX_TILE * max((s for _, s in dims), default=1) for dims in spans]
     return {
         "algorithm": algorithm,
         "block_rows": rows,
@@ -228,8 +230,7 @@ def _geometry(
         "splits": choose_splits(n, programs, cols, processors) if algorithm in SPLITTABLE else 1,
         "outer_rank": len(groups) - 1,
         "contiguous": contiguous,
-        # The columns of the last tile run over the end before they are masked.
-        "index_bits": 64 if span + MAX_TILE * max(max(steps, default=1) for steps in strides) >= 2**31 else 32,
+        "index_bits": 64 if max(reach) >= 2**31 else 32,
     }
 
 
