@@ -202,27 +202,26 @@ class Fit:
 
 
 def fit_biases(sample: Sample) -> list[Fit]:
-    """The uncalibrated bias (form ``-log_n``) and every fit, in the order of the module's docstring.
-
-    Empty when no sampled row sees a key.
+    """The uncalibrated bias (form ``-log_n``), then ``query_linear`` when the sample has its regression, else
+    ``offset`` and, where rows see different numbers of keys, ``constant``. Empty when no sampled row sees a key.
     """
     blocks = [_Block(rows) for _, rows in sample.kept]
     if not blocks:
         return []
     zero = torch.zeros(blocks[0].scores.shape[0], dtype=torch.float64, device=blocks[0].scores.device)
     fits = [_measure("-log_n", blocks, [b.log_n for b in blocks], zero)]
-    for form in ("offset", "constant", "query_linear"):
+    lengths = torch.cat([b.log_n[b.rows.count > 0] for b in blocks])
+    forms = ["offset", "constant"] if bool((lengths != lengths[0]).any()) else ["offset"]
+    for form in forms if sample.moments is None else ["query_linear"]:
         query = span = None
         bases = [b.log_n if form != "constant" else torch.zeros_like(b.log_n) for b in blocks]
-        if form == "query_linear":
-            if sample.moments is None:
-                continue
+        if sample.moments is not None:
             query = _regress(sample.moments).to(zero.device)
             linear = [b.rows.q.double() @ query[:, :, None] for b in blocks]
             span = torch.stack([torch.cat(linear, 1).amin((1, 2)), torch.cat(linear, 1).amax((1, 2))]).float()
             bases = [base + term for base, term in zip(bases, linear, strict=True)]
         # Scores are shifted by -base; c is what is left.
-        head = solve_offset([b.scores.double() - base for b, base in zip(blocks, bases, strict=True)], zero)
+        head = solve_offset([b.scores - base.float() for b, base in zip(blocks, bases, strict=True)], zero)
         fits.append(_measure(form, blocks, [base - head[:, None, None] for base in bases], head, query, span))
     return fits
 
@@ -240,8 +239,9 @@ class _Block:
 def solve_offset(scores: list[Tensor], zero: Tensor) -> Tensor:
     """c (Hq,) with the mean over rows of ``sum_k sigmoid(scores + c)`` equal to one, for each head.
 
-    scores: tensors (Hq, R, Lk) float64, ``-inf`` where hidden; rows that see nothing do not count. Newton steps on the
-    logarithm of the mean, which is nearly linear in c, kept inside a bracket; c is limited to +-:data:`LIMIT`.
+    scores: tensors (Hq, R, Lk) float32, ``-inf`` where hidden; rows that see nothing do not count. Newton steps on the
+    logarithm of the mean, which is nearly linear in c, kept inside a bracket; c is limited to +-:data:`LIMIT`. The mean
+    is one to 1e-5, which leaves room for the rounding of c in float32.
     """
     rows = sum((s.amax(-1) > -torch.inf).sum(-1) for s in scores).clamp_min(1)  # type: ignore[union-attr]
     low, high = zero - LIMIT, zero + LIMIT
@@ -249,11 +249,11 @@ def solve_offset(scores: list[Tensor], zero: Tensor) -> Tensor:
     for _ in range(60):
         total, slope = torch.zeros_like(zero), torch.zeros_like(zero)
         for s in scores:
-            weights = torch.sigmoid(s + c[:, None, None])
-            total += weights.sum((-1, -2))
-            slope += (weights * (1 - weights)).sum((-1, -2))
+            weights = torch.sigmoid(s + c.float()[:, None, None])
+            total += weights.sum((-1, -2), dtype=torch.float64)
+            slope += (weights - weights * weights).sum((-1, -2), dtype=torch.float64)
         mean = total / rows
-        if bool(((mean - 1).abs() < 1e-7).all()):
+        if bool(((mean - 1).abs() < 1e-5).all()):
             break
         low, high = torch.where(mean < 1, c, low), torch.where(mean < 1, high, c)
         step = c - mean.log() * total / slope

@@ -100,11 +100,8 @@ class SigmoidAttention(Pass):
         return Rewrite(lambda builder: self._build(builder, site, fit), _details(sample, fits[0], fit))
 
     def _choose(self, fits: list[Fit]) -> Fit:
-        named = {fit.form: fit for fit in fits}
-        if self.follow_queries and "query_linear" in named:
-            return named["query_linear"]
-        offset, constant = named["offset"], named["constant"]
-        return constant if constant.rel_l2 < (1 - CONSTANT_GAIN) * offset.rel_l2 else offset
+        first, *others = fits
+        return next((fit for fit in others if fit.rel_l2 < (1 - CONSTANT_GAIN) * first.rel_l2), first)
 
     def _build(self, builder: Builder, site: SiteContext, fit: Fit | None) -> Node:
         named = arguments(site.node)
