@@ -212,7 +212,7 @@ if hasattr(os, "register_at_fork"):
 
 def _find(order: _Order) -> Path | None:
     for store in cache.stores(settings.get().cache_dir):
-        if store.check(order.digest, order.target.source_name, order.text) is None:
+        if store.check(order.digest) is None:
             return store.entry(order.digest)
     return None
 
