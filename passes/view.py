@@ -198,19 +198,27 @@ class GraphView:
         between = [node for node in self._mutating if first < node < root and node not in inside]
         if not between:
             return None
-        storages = {_storage(tensor) for node in inside for tensor in (node, *node.all_input_nodes)} - {None}
+        storages = {_storage(tensor) for node in inside for tensor in (node, *node.all_input_nodes)}
+        storages.discard(None)
         for node in between:
             written = [
                 arg for arg, info in zip(node.args, node.target._schema.arguments, strict=False) if _writes(info)
             ]
-            if any(not isinstance(arg, torch.fx.Node) or _storage(arg) in (None, *storages) for arg in written):
+            # An unknown storage may be any.
+            memory = [_storage(arg) if isinstance(arg, torch.fx.Node) else None for arg in written]
+            if any(storage is None or storage in storages for storage in memory):
                 return node
         return None
 
     @cached_property
     def _mutating(self) -> list[torch.fx.Node]:
         targets = ((node, node.target) for node in self.graph.nodes if node.op == "call_function")
-        return [node for node, target in targets if getattr(getattr(target, "_schema", None), "is_mutable", False)]
+        # detach_ changes what autograd knows, not the values.
+        return [
+            node
+            for node, target in targets
+            if getattr(getattr(target, "_schema", None), "is_mutable", False) and target._opname != "detach_"
+        ]
 
     def refresh(self) -> None:
         for name in ("dag", "autocast", "_mutating"):
