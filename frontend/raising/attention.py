@@ -63,7 +63,7 @@ class AttentionRule:
     def _fused(self, node: Node, facts: Facts) -> Raised | Decline | NearMiss | None:
         """``scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)``."""
         given = arguments(node)
-        dropout = facts.number(given["dropout_p"])
+        dropout = Masks.of(facts).number(given["dropout_p"])
         if dropout is None or dropout != 0:
             return Decline(f"dropout is active (p={given['dropout_p']})")
         q, k, v = given["query"], given["key"], given["value"]
@@ -84,7 +84,7 @@ class AttentionRule:
             if not isinstance(width, int):
                 return NearMiss(q, "the default scale needs a head dim that is known when compiling")
             scale = 1 / math.sqrt(width)
-        elif (scale := facts.number(scale)) is None:
+        elif (scale := Masks.of(facts).number(scale)) is None:
             return NearMiss(node, "the scale is not known when compiling")
         changes = []
         if (bias := given["attn_mask"]) is not None:
@@ -171,8 +171,7 @@ class AttentionRule:
         causal: bool,
     ) -> Raised:
         """layout: of the product with the values; permuted: which of its dims each dim of the root is."""
-        masks: Masks = facts.memo.setdefault("attention masks", None) or Masks(facts)
-        facts.memo["attention masks"] = masks
+        masks = Masks.of(facts)
         operands.check(masks.interpreter.mutated)
         geometry = Geometry(operands.sizes, operands.dtype, value(root).device)
         if causal:

@@ -12,7 +12,7 @@ import torch.fx
 from ...passes.view import arguments, same_size, same_sizes, value
 from .attention_products import Stopped
 from .attention_scores import is_cast, is_noise
-from .masks import AXES, Index
+from .masks import AXES, Index, Masks
 from .rules import Builder, Facts
 from .symbolic import Unsupported, is_one, reshape_index, same_expr, size_expr
 
@@ -225,7 +225,7 @@ class Operand:
         left, right = given["self"], given["other"]
         divides = "div" in name
         for source, number in [(left, right)] if divides else [(left, right), (right, left)]:
-            factor = facts.number(number)
+            factor = Masks.of(facts).number(number)
             if factor is None or not isinstance(source, Node) or (divides and factor == 0):
                 continue
             old, new = value(source), value(self.node)

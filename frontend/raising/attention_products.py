@@ -10,6 +10,7 @@ import torch
 import torch.fx
 
 from ...passes.view import arguments, is_assertion, value
+from .masks import Masks
 from .rules import Facts
 
 Node = torch.fx.Node
@@ -84,7 +85,7 @@ def parse_product(node: Node, facts: Facts) -> Product | None:
         (*batch, "row", "column"),
     )
     if node.target is aten.baddbmm.default:
-        alpha, beta = facts.number(given["alpha"]), facts.number(given["beta"])
+        alpha, beta = Masks.of(facts).number(given["alpha"]), Masks.of(facts).number(given["beta"])
         if alpha is None or beta is None:
             raise Stopped(node, "alpha or beta is not known when compiling")
         # torch ignores the input, NaN and infinity included, when beta is 0.

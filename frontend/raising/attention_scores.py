@@ -11,7 +11,7 @@ import torch.fx
 
 from ...passes.view import arguments, same_sizes, value
 from .attention_products import PRODUCTS, Product, Stopped, parse_product, real_users
-from .masks import Change
+from .masks import Change, Masks
 from .rules import Facts
 
 Node = torch.fx.Node
@@ -199,7 +199,7 @@ def _scale(node: Node, way: _Way, facts: Facts, depth: int) -> Up | Stopped | No
     left, right = given["self"], given["other"]
     pairs = [(left, right)] if divides else [(left, right), (right, left)]
     for scores, number in pairs:
-        factor = facts.number(number)
+        factor = Masks.of(facts).number(number)
         if factor is not None and isinstance(scores, Node) and same_sizes(value(scores).shape, value(node).shape):
             if divides and factor == 0:
                 return _stop(node, "the scores are divided by 0", facts)
@@ -216,7 +216,7 @@ def _add(node: Node, way: _Way, facts: Facts, depth: int) -> Up | Stopped | None
     """``scores + bias``, ``bias + scores``, ``scores - bias``; ``alpha`` scales the second operand."""
     given = arguments(node)
     minus = "sub" in str(node.target)
-    alpha = facts.number(given["alpha"])
+    alpha = Masks.of(facts).number(given["alpha"])
     if alpha is None:
         return _stop(node, "alpha is not known when compiling", facts)
     second = -float(alpha) if minus else float(alpha)
@@ -226,7 +226,7 @@ def _add(node: Node, way: _Way, facts: Facts, depth: int) -> Up | Stopped | None
         if not isinstance(scores, Node) or not same_sizes(_shape(scores), value(node).shape):
             continue
         if not isinstance(other, Node) or not isinstance(value(other), torch.Tensor):
-            number = facts.number(other)
+            number = Masks.of(facts).number(other)
             if number == 0:
                 stops.append(_up(scores, replace(way, factor=way.factor * inner), facts, depth + 1))
             else:
@@ -245,12 +245,12 @@ def _shape(node: Node) -> Any:
 
 
 def _fill_number(item: Any, facts: Facts) -> float | None:
-    number = facts.number(item)
+    number = Masks.of(facts).number(item)
     if number is not None:
         return float(number)
     # A tensor full of one number.
     if isinstance(item, Node) and item.target in (aten.full.default, aten.full_like.default, aten.new_full.default):
-        number = facts.number(arguments(item)["fill_value"])
+        number = Masks.of(facts).number(arguments(item)["fill_value"])
         return None if number is None else float(number)
     return None
 

@@ -84,12 +84,39 @@ class MaskPlan:
     emitted: Node | None = None
 
 
+_MEMO = "tilewright::attention masks"
+
+
 class Masks:
     """Plans masks for one graph; sites that share their changes share the plan and the bias's nodes."""
 
     def __init__(self, facts: Facts) -> None:
+        self.facts = facts
         self.interpreter = Interpreter(facts.view.graph, facts.number)
         self.plans: dict[Any, MaskPlan] = {}
+
+    @classmethod
+    def of(cls, facts: Facts) -> Masks:
+        """The one of this graph."""
+        if _MEMO not in facts.memo:
+            facts.memo[_MEMO] = cls(facts)
+        return facts.memo[_MEMO]
+
+    def number(self, item: Any) -> float | None:
+        """A Python number, or the value of a 0-dim tensor made of constants; None when it is only known at run time."""
+        if not isinstance(item, Node) or not isinstance(value(item), torch.Tensor):
+            return self.facts.number(item)
+        # The interpreter rounds a constant to its tensor's dtype.
+        if value(item).dim() != 0:
+            return None
+        try:
+            element = self.interpreter.element(item, ())
+        except Mutated:
+            return None
+        single = element.single if isinstance(element, Cases) else None
+        if isinstance(single, sympy.Integer):
+            return int(single)
+        return single if isinstance(single, float) else None
 
     def plan(self, changes: Sequence[Change], geometry: Geometry) -> MaskPlan:
         """The plan for changes in order. Raises :class:`NotAMask`."""

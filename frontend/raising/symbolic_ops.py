@@ -60,7 +60,8 @@ def _shape(node: Node) -> Sequence[Any]:
     return known.shape
 
 
-@_rule(aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.lift_fresh.default,
+@_rule(aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default,
+    aten.detach_.default, aten.lift_fresh.default,
        aten.lift_fresh_copy.default, aten.dropout.default)  # fmt: skip
 def _same(it: Interpreter, node: Node, index: Index) -> Element:
     if node.target is aten.dropout.default and (node.args[2] or len(node.args) < 3):
@@ -338,7 +339,7 @@ _ARITHMETIC: dict[str, Callable[..., sympy.Expr]] = {
     "remainder": _remainder,
 }
 # Computed by torch itself when every operand is a known number.
-_CONCRETE = ("div", "log", "exp", "relu", "clamp", "bitwise_not", "bitwise_and",
+_CONCRETE = ("div", "sqrt", "rsqrt", "log", "exp", "relu", "clamp", "bitwise_not", "bitwise_and",
              "bitwise_or", "bitwise_xor", "logical_not", "logical_and", "logical_or", "logical_xor", "__and__",
              "__or__", "__xor__", "sign", "pow", "reciprocal", "nan_to_num", "clamp_min", "clamp_max")  # fmt: skip
 
