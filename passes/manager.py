@@ -148,9 +148,12 @@ def run_pass(
             pending.append((SiteRewrite(site, _op(node), node.name, result.name, module, [], dict(outcome.details)), result))
             if get_site(result) is None and result in inserted:
                 set_site(result, site)
-            node.replace_all_uses_with(result)
-            module.graph.erase_node(node)
-            view.refresh()
+            for user in list(node.users):
+                if user not in inserted:  # a replacement may well read what it replaces, and wrap it
+                    user.replace_input_with(node, result)
+                    view.insert(user)
+            if not node.users:
+                view.erase(node)
         else:
             raise BadPass(f"{one.name}.rewrite returned {outcome!r}: return a Rewrite, Decline or NearMiss", site=site.id)
     for rewrite, result in pending:

@@ -127,6 +127,29 @@ def test_contribution_changes_one_site_only() -> None:
 
 
 @dataclass(frozen=True)
+class Doubled(Pass):
+    """Wraps the op instead of replacing it."""
+
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    ops: ClassVar[tuple[str, ...]] = ("rms_norm",)
+
+    def rewrite(self, site: SiteContext) -> Rewrite | Decline | NearMiss:
+        return Rewrite(lambda b: b.call(torch.ops.aten.mul.Tensor, site.node, 2.0))
+
+
+def test_a_replacement_may_wrap_what_it_replaces() -> None:
+    module = graph()
+    done = run_pass(module, Doubled(), copy_module)
+    validate(done, [X])
+    assert [r.error["rel_l2"] for r in done.rewrites] == pytest.approx([1.0, 1.0, 1.0])
+    weights = [p for _, p in sorted(module.named_parameters())]
+    seen = X
+    for weight in weights:
+        seen = 2 * torch.ops.tilewright.rms_norm(seen, weight, 1e-6) + 1
+    torch.testing.assert_close(run(module, [X])[0], seen.detach())
+
+
+@dataclass(frozen=True)
 class Calibrated(Pass):
     """Adds the largest input it saw, as a buffer."""
 
