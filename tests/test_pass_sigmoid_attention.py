@@ -1,131 +1,30 @@
-"""SigmoidAttention: the numbers of every mask form, dynamic shapes, sharing, calibration, options."""
+"""SigmoidAttention: the numbers of every mask form, dynamic shapes, sharing of counts, options."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-import torch.fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from sigmoid_cases import (
+    ATTENTION,
+    COUNT,
+    F64,
+    MASKS,
+    SHIFT32,
+    graph_of,
+    grid,
+    minus_log,
+    qkv,
+    rewritten,
+    sigmoid_formula,
+)
 
-from tilewright.passes import Decline, Needs, SigmoidAttention, SiteContext
-from tilewright.passes import _sigmoid_fit as sigmoid_fit
-from tilewright.passes.manager import PassRun, run_pass
+from tilewright.passes import SigmoidAttention
 from tilewright.passes.parse import parse_passes
-from tilewright.passes.site import Site, set_site
-from tilewright.passes.view import GraphView
 from tilewright.runtime import errors
-from tilewright.runtime.ops import OPS
-
-ATTENTION = OPS["attention"].overload
-COUNT = torch.ops.tilewright.visible_keys.default
-# Both sides are float64: a few hundred operations of rounding 2^-53 on values of order one.
-F64 = {"rtol": 1e-12, "atol": 1e-12}
-# The shift itself is float32: an error of 2^-24 of a logarithm below 8 moves a weight by 5e-7 of itself at most.
-SHIFT32 = {"rtol": 2e-6, "atol": 2e-6}
-# The fit stops when the mean row sum is one to 1e-5, and rounds scores, biases and sums in float32.
-FITTED = 2e-5
-
-
-def graph_of(
-    calls: Sequence[dict[str, Any]], example: dict[str, torch.Tensor], dynamic: dict[str, Sequence[int]] | None = None
-) -> torch.fx.GraphModule:
-    """A graph of attention calls whose arguments name placeholders.
-
-    dynamic: placeholder -> dims of free size. Those that are equal in the example stay equal, as a capture finds them.
-    """
-    env = ShapeEnv()
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    graph = torch.fx.Graph()
-    nodes: dict[str, torch.fx.Node] = {}
-    for name, tensor in example.items():
-        free = (dynamic or {}).get(name, ())
-        sizes = [DimDynamic.DUCK if d in free else DimDynamic.STATIC for d in range(tensor.dim())]
-        nodes[name] = graph.placeholder(name)
-        context = StatelessSymbolicContext(dynamic_sizes=sizes)
-        nodes[name].meta["val"] = mode.from_tensor(tensor, symbolic_context=context)
-    outputs = []
-    for index, given in enumerate(calls):
-        named = {key: nodes.get(item, item) if isinstance(item, str) else item for key, item in given.items()}
-        tensors = {key: named.pop(key, None) for key in ("q", "k", "v", "bias", "shift")}
-        node = graph.call_function(ATTENTION, tuple(tensors.values()), {"scale": 0.5, **named})
-        with mode:
-            fakes = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            node.meta["val"] = ATTENTION(*fakes[0], **fakes[1])
-        set_site(node, Site(f"layer.{index}/attention", f"layer.{index}", f"model.py:{index + 1}", "attention"))
-        outputs.append(node)
-    graph.output(tuple(outputs))
-    return torch.fx.GraphModule(torch.nn.Module(), graph)
-
-
-def rewritten(
-    module: torch.fx.GraphModule,
-    one: SigmoidAttention | None = None,
-    calibration: Sequence[Sequence[torch.Tensor]] = (),
-) -> PassRun:
-    return run_pass(module, one or SigmoidAttention(), copy.deepcopy, calibration)
-
-
-def sigmoid_formula(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor,
-    bias: torch.Tensor | float,
-    b: torch.Tensor,
-) -> torch.Tensor:
-    """The definition, in float64, one head at a time."""
-    group = q.shape[1] // k.shape[1]
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float64)
-    visible = visible.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    extra = torch.as_tensor(bias, dtype=torch.float64).expand(visible.shape)
-    b = b.expand(q.shape[0], q.shape[1], q.shape[2], 1)
-    for head in range(q.shape[1]):
-        keys, values = k[:, head // group].double(), v[:, head // group].double()
-        scores = 0.5 * q[:, head].double() @ keys.transpose(-1, -2) + extra[:, head] + b[:, head]
-        out[:, head] = (1 / (1 + torch.exp(-scores)) * visible[:, head]) @ values
-    return out
-
-
-def minus_log(visible: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """-log n of each row, by counting a mask of the full shape."""
-    return -visible.expand(shape).sum(-1, keepdim=True).clamp_min(1).double().log()
-
-
-def qkv(
-    batch: int = 2, heads: int = 4, key_heads: int = 4, q_len: int = 7, k_len: int = 7, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    return {
-        "q": draw(batch, heads, q_len, 8),
-        "k": draw(batch, key_heads, k_len, 8),
-        "v": draw(batch, key_heads, k_len, 6),
-    }
-
-
-def grid(q_len: int, k_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.arange(q_len)[:, None], torch.arange(k_len)[None, :]
-
-
-MASKS = {
-    "": lambda q, k, n, m: torch.ones(n, m, dtype=torch.bool),
-    "k_idx <= q_idx": lambda q, k, n, m: k <= q,
-    "k_idx <= q_idx + k_len - q_len": lambda q, k, n, m: k <= q + m - n,
-    "(k_idx <= q_idx) & (k_idx > q_idx - 3)": lambda q, k, n, m: (k <= q) & (k > q - 3),
-    "(k_idx <= q_idx) & ((k_idx > q_idx - 3) | (k_idx < 2))": lambda q, k, n, m: (k <= q) & ((k > q - 3) | (k < 2)),
-    "k_idx // 3 == q_idx // 3": lambda q, k, n, m: k // 3 == q // 3,
-    "k_idx > q_idx + 2": lambda q, k, n, m: k > q + 2,
-    "(k_idx <= q_idx) & (q_idx > 2)": lambda q, k, n, m: (k <= q) & (q > 2),
-}
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -370,186 +269,3 @@ def test_command_line_text() -> None:
         one("sigmoid-attention{bias=inf}")
     with pytest.raises(errors.BadPassOption):
         one("sigmoid-attention{bias=logn}")
-
-
-# --------------------------------------------------------------------------------------------------------- calibration
-
-
-def test_needs() -> None:
-    assert SigmoidAttention().current_needs() is Needs.NOTHING
-    assert SigmoidAttention(-2.0).current_needs() is Needs.NOTHING
-    assert SigmoidAttention("calibrated").current_needs() is Needs.CALIBRATION
-
-
-def test_no_calibration_raises_before_anything_changes() -> None:
-    module = graph_of([{"q": "q", "k": "k", "v": "v"}], qkv())
-    text = module.code
-    with pytest.raises(errors.CalibrationNeeded, match="layer.0"):
-        rewritten(module, SigmoidAttention("calibrated"))
-    assert module.code == text
-
-
-def test_uniform_scores() -> None:
-    """All scores equal to s: n sigmoid(s + b) = 1 exactly where b = -s - log(n - 1), for each head its own s."""
-    example = qkv(q_len=8, k_len=8)
-    q, k = example["q"], example["k"]
-    k[:] = k[:, :, :1]
-    q[:] = q[:, :, :1]
-    q[1], k[1] = q[0], k[0]
-    s = 0.5 * (q[0, :, 0] * k[0, :, 0]).sum(-1)
-    module = graph_of([{"q": "q", "k": "k", "v": "v"}], example)
-    done = rewritten(module, SigmoidAttention("calibrated"), [list(example.values())])
-    shift = module.get_buffer("tilewright_layer_0_attention_head_bias").flatten().double() - math.log(8)
-    torch.testing.assert_close(shift, -s - math.log(7), rtol=0, atol=FITTED)
-    details = done.rewrites[0].details
-    assert details["form"] == "offset" and details["row_sum"]["calibrated"] == pytest.approx(1, abs=FITTED)
-    # Equal keys get equal weights of sum one, as softmax's are: the output is softmax attention's.
-    softmax = done.before(*example.values())[0]
-    torch.testing.assert_close(module(*example.values())[0], softmax, rtol=FITTED, atol=FITTED)
-    assert details["calibration_rel_l2"]["calibrated"] < FITTED < details["calibration_rel_l2"]["-log_n"]
-
-
-@pytest.mark.parametrize("mask", ["", "k_idx <= q_idx"])
-def test_row_sums_are_one_on_average(mask: str) -> None:
-    """With every row sampled, the mean over the calibration rows is one for each head, whatever the scores."""
-    batches = [qkv(heads=4, key_heads=2, q_len=40, k_len=40, seed=s) for s in range(3)]
-    for batch in batches:
-        batch["q"][:, 1] *= 4  # a peaked head
-        batch["v"][:] = 1.0  # so that an output is its row's sum
-    module = graph_of([{"q": "q", "k": "k", "v": "v", "mask": mask}], batches[0])
-    done = rewritten(module, SigmoidAttention("calibrated"), [list(b.values()) for b in batches])
-    sums = torch.cat([module(*b.values())[0][..., 0] for b in batches])
-    torch.testing.assert_close(sums.mean((0, 2)), torch.ones(4, dtype=torch.float64), rtol=0, atol=FITTED)
-    details = done.rewrites[0].details
-    assert details["sampled"] == {"sequences": 6, "of": 6, "rows": 240}
-    assert details["row_sum"]["-log_n"] > 1.3  # exp is convex: scores that vary sum to more
-    low, mean, high = (details["head_bias"][key] for key in ("min", "mean", "max"))
-    assert low < mean < high < 0
-    error = details["calibration_rel_l2"]
-    before = [done.before(*b.values())[0] for b in batches]
-    assert error["calibrated"] < error["-log_n"]
-    after = torch.cat([module(*b.values())[0] - x for b, x in zip(batches, before, strict=True)])
-    measured = float(after.norm() / torch.cat(before).norm())
-    assert error["calibrated"] == pytest.approx(measured, rel=1e-4), "the report's error is the output's"
-
-
-def test_constant_form_is_taken_where_it_is_better() -> None:
-    """Each row attends to one key whatever its length: -log(n) would only make long rows too small."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.ones(4, 1, 64, 8, dtype=torch.float64)
-    k = torch.full((4, 1, 64, 8), -10.0, dtype=torch.float64)
-    k[:, :, 0] = 0.5
-    v = torch.randn(4, 1, 64, 6, generator=generator, dtype=torch.float64)
-    module = graph_of([{"q": "q", "k": "k", "v": "v", "mask": "k_idx <= q_idx"}], {"q": q, "k": k, "v": v})
-    done = rewritten(module, SigmoidAttention("calibrated"), [[q, k, v]])
-    assert done.rewrites[0].details["form"] == "constant"
-    assert not module.graph.find_nodes(op="call_function", target=COUNT)
-    torch.testing.assert_close(module(q, k, v)[0], done.before(q, k, v)[0], rtol=1e-3, atol=1e-3)
-
-
-def test_follow_queries_fits_linear_log_sums() -> None:
-    """Keys with a common part: log sum exp moves with q by exactly that part, which a constant cannot follow."""
-    batches = [qkv(heads=2, key_heads=2, q_len=64, k_len=64, seed=s) for s in range(4)]
-    for batch in batches:
-        batch["k"][:] = 0.1 * batch["k"] + torch.linspace(-2, 2, 8, dtype=torch.float64)
-    flat = [list(b.values()) for b in batches]
-    errors_of = {}
-    for follow in (False, True):
-        module = graph_of([{"q": "q", "k": "k", "v": "v"}], batches[0])
-        done = rewritten(module, SigmoidAttention("calibrated", follow), flat[:3])
-        before, after = done.before(*flat[3])[0], module(*flat[3])[0]
-        errors_of[follow] = float((after - before).norm() / before.norm())
-        assert done.rewrites[0].details["form"] == ("query_linear" if follow else "offset")
-    assert errors_of[True] < 0.2 < 1 < errors_of[False]
-
-
-def test_follow_queries_does_not_extrapolate() -> None:
-    """A query far from all calibration queries gets the largest bias they had, not a larger one."""
-    example = qkv(heads=1, key_heads=1, q_len=64, k_len=64)
-    example["k"][:] += 1.0
-    module = graph_of([{"q": "q", "k": "k", "v": "v"}], example)
-    rewritten(module, SigmoidAttention("calibrated", True), [list(example.values())])
-    (node,) = module.graph.find_nodes(op="call_function", target=torch.ops.aten.clamp.Tensor)
-    ends = torch.Tensor(
-        [float(module.get_buffer(f"tilewright_layer_0_attention_query_{e}")) for e in ("least", "most")]
-    )
-    linear = example["q"].float() @ module.get_buffer("tilewright_layer_0_attention_query_weight")
-    torch.testing.assert_close(torch.stack([linear.min(), linear.max()]), ends)
-    example["k"].zero_()  # all scores 0: weights are the sigmoid of the bias alone
-    example["v"].fill_(1.0)
-    usual = module(*example.values())[0]
-    example["q"] *= 100
-    unusual = module(*example.values())[0]
-    torch.testing.assert_close(unusual.max(), usual.max(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(unusual.min(), usual.min(), rtol=1e-4, atol=1e-6)
-
-
-def test_padded_rows_do_not_count() -> None:
-    """Queries that are padding themselves are left out of the fit."""
-    example = qkv(q_len=16, k_len=16)
-    keep = torch.arange(16) < 10
-    example["pad"] = keep.expand(2, 1, 1, 16)
-    example["q"][:, :, 10:] = 100.0
-    module = graph_of([{"q": "q", "k": "k", "v": "v", "bias": "pad"}], example)
-    done = rewritten(module, SigmoidAttention("calibrated"), [list(example.values())])
-    assert done.rewrites[0].details["sampled"]["rows"] == 20
-
-
-def test_calibration_inputs_that_see_nothing_decline() -> None:
-    example = qkv()
-    example["pad"] = torch.zeros(2, 1, 1, 7, dtype=torch.bool)
-    module = graph_of([{"q": "q", "k": "k", "v": "v", "bias": "pad"}], example)
-    done = rewritten(module, SigmoidAttention("calibrated"), [list(example.values())])
-    assert not done.rewrites and "sees a key" in done.declined[0][1]
-
-
-def test_deterministic() -> None:
-    def fitted() -> torch.Tensor:
-        torch.manual_seed(int(torch.randint(1000, ())))  # the global generator must not matter
-        module = graph_of([{"q": "q", "k": "k", "v": "v"}], qkv(q_len=100, k_len=100))
-        batches = [list(qkv(q_len=100, k_len=100, seed=s).values()) for s in range(3)]
-        rewritten(module, SigmoidAttention("calibrated"), batches)
-        return module.get_buffer("tilewright_layer_0_attention_head_bias")
-
-    assert torch.equal(fitted(), fitted())
-
-
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However much is observed, a site keeps its bytes, and a uniform sample of sequences, not the first ones."""
-    monkeypatch.setattr(sigmoid_fit, "SAMPLE_BYTES", 200_000)
-    sample = sigmoid_fit.Sample("some/site", regress=True)
-    for index in range(60):
-        batch = qkv(q_len=80, k_len=80, seed=index)
-        batch["v"][:] = index
-        sample.observe({**batch, "bias": None, "mask": "", "scale": 0.5})
-        assert 0 < sample.bytes <= 200_000
-    assert sample.seen == 120 and sample.moments is not None and sample.moments.shape == (4, 10, 10)
-    origins = {int(rows.v[0, 0, 0]) for _, rows in sample.kept}
-    assert len(sample.kept) >= 2 and max(origins) >= 20
-    # One sequence is kept even when it is larger than the bound.
-    monkeypatch.setattr(sigmoid_fit, "SAMPLE_BYTES", 10)
-    tiny = sigmoid_fit.Sample("some/site")
-    tiny.observe({**qkv(), "bias": None, "mask": "", "scale": 0.5})
-    assert len(tiny.kept) == 1
-
-
-def test_observed_tensors_are_copied() -> None:
-    """A later in-place write to an activation must not reach the sample."""
-    example = qkv()
-    context = SiteContext(None, None)  # type: ignore[arg-type]
-    context.state["sample"] = sample = sigmoid_fit.Sample("s")
-    sample.observe({**example, "bias": None, "mask": "", "scale": 0.5})
-    kept = sample.kept[0][1]
-    before = kept.scores()
-    for t in example.values():
-        t.zero_()
-    assert torch.equal(kept.scores(), before) and float(kept.v.abs().sum()) > 0
-    assert isinstance(SigmoidAttention("calibrated").current_needs(), Needs)
-
-
-def test_unreached_site_is_told() -> None:
-    module = graph_of([{"q": "q", "k": "k", "v": "v"}], qkv())
-    (node,) = module.graph.find_nodes(op="call_function", target=ATTENTION)
-    with pytest.raises(errors.CalibrationNeeded, match=r"model\.py:1"):
-        SigmoidAttention("calibrated").rewrite(SiteContext(node, GraphView(module)))
-    assert not isinstance(SigmoidAttention().rewrite(SiteContext(node, GraphView(module))), Decline)
