@@ -44,7 +44,8 @@ class Tuning:
     rounds: int = 0
 
 
-_winners: dict[tuple[KernelSpec, str], Tuning] = {}
+# Keyed with the setting, so that turning tuning on is noticed.
+_outcomes: dict[tuple[KernelSpec, str, bool], Tuning] = {}
 
 
 def time_launch(kernel: Kernel, inputs: tuple[Any, ...]) -> float:
@@ -97,15 +98,41 @@ def tune(
         under way is not interrupted.
     timer, clock, loader: for tests.
 
-    The winner is kept in memory and in the cache, keyed by spec, candidates, target, device and versions; a winner
-    that is not among the candidates any more is timed again. Raises :class:`~.errors.BadArgument` for an empty list
-    of candidates or a budget that is not positive. A candidate that fails to build or launch is left out and
-    recorded; if the default itself is the only one left, it is used and the launch that follows raises its error.
+    The outcome is kept in memory. A winner found by timing is kept in the cache too, keyed by spec, candidates,
+    target, device and versions; one that is not among the candidates any more is timed again.
+    Raises :class:`~.errors.BadArgument` for an empty list of candidates or a budget that is not positive. A candidate
+    that fails to build or launch is left out and recorded; if none is left, the default is the outcome, and the
+    launch that follows raises its error.
     """
     now = settings.get()
-    budget = now.autotune_seconds if budget_s is None else budget_s
-    if not budget > 0:
-        raise BadArgument(f"the autotuning budget is {budget!r} s: give a positive number")
+    key = (spec, target, now.autotune)
+    if key not in _outcomes:
+        budget = now.autotune_seconds if budget_s is None else budget_s
+        if not budget > 0:
+            raise BadArgument(f"the autotuning budget is {budget!r} s: give a positive number")
+        _outcomes[key] = _decide(spec, target, make_inputs, budget, timer, clock, loader)
+    return _outcomes[key]
+
+
+def load_best(spec: KernelSpec, target: str, make_inputs: Callable[[], tuple[Any, ...]]) -> Kernel:
+    """The kernel of :func:`best`, loaded: what an operator calls in place of ``load(spec, target)``.
+
+    From the second call on it costs two look-ups, with tuning on or off. Raises as :func:`tune` and
+    :func:`~.load.load`.
+    """
+    return load(tune(spec, target, make_inputs).winner, target)
+
+
+def _decide(
+    spec: KernelSpec,
+    target: str,
+    make_inputs: Callable[[], tuple[Any, ...]],
+    budget: float,
+    timer: Callable[[Kernel, tuple[Any, ...]], float],
+    clock: Callable[[], float],
+    loader: Callable[[KernelSpec, str], Kernel],
+) -> Tuning:
+    now = settings.get()
     candidates = spec.candidates(target)
     if not candidates:
         raise BadArgument(f"{spec.kind} offers no candidates for {target}: the shipped default has to be the first")
@@ -116,22 +143,18 @@ def tune(
     device = targets.get(target).device()
     if device is None:
         return Tuning(candidates[0], f"no device of this machine makes timing {target} kernels meaningful")
-    key = (spec, target)
-    if key in _winners:
-        return _winners[key]
     name = _key(spec, candidates, target, device)
     tuning = _read(now.cache_dir, name, candidates)
     if tuning is None:
         tuning = _time(candidates, target, make_inputs, budget, timer, clock, loader)
         if tuning.why == "tuned":
             _store(now.cache_dir, name, spec, target, device, tuning)
-    _winners[key] = tuning
     return tuning
 
 
 def forget() -> None:
-    """Drop the winners kept in memory."""
-    _winners.clear()
+    """Drop the outcomes kept in memory."""
+    _outcomes.clear()
 
 
 def _key(spec: KernelSpec, candidates: list[KernelSpec], target: str, device: str) -> str:

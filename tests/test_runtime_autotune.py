@@ -100,7 +100,8 @@ def test_off_or_without_a_device_nothing_is_timed(monkeypatch):
         tuning = bench.tune()
         assert tuning.winner == ToySpec(64) and "TILEWRIGHT_AUTOTUNE" in tuning.why
     monkeypatch.setattr(runtime_toy.CountingTarget, "device", lambda self: None)
-    assert bench.tune().winner == ToySpec(64)
+    tuning = bench.tune()  # turned on again: decided anew
+    assert tuning.winner == ToySpec(64) and "no device" in tuning.why
     assert bench.order == [] and bench.inputs == 0
     assert autotune.best(ToySpec(), "triton-interpret", bench.make_inputs) == ToySpec(64)
     assert bench.inputs == 0
@@ -118,6 +119,20 @@ def test_the_winner_is_kept_for_this_and_the_next_process(fresh_cache):
     (path,) = fresh_cache.glob("tuning/*.json")
     data = json.loads(path.read_text())
     assert data["device"] == "toy device" and data["winner"]["block"] == 128
+
+
+def test_a_decision_is_made_once(monkeypatch):
+    bench = Bench(dict.fromkeys(SECONDS, 0.7))
+    late = bench.tune()
+    assert "timed" in late.why and len(bench.order) == 2
+
+    def never(self, target):
+        raise AssertionError("the candidates of a decided spec were asked for again")
+
+    monkeypatch.setattr(ToySpec, "candidates", never)
+    assert bench.tune() is late and len(bench.order) == 2  # a budget that was spent is not spent again
+    kernel = autotune.load_best(ToySpec(), "counting", bench.make_inputs)
+    assert kernel is load.load(ToySpec(64), "counting")
 
 
 def test_another_spec_device_or_toolchain_is_timed_again(monkeypatch):

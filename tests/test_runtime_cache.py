@@ -208,6 +208,10 @@ def test_eight_processes_build_once(fresh_cache, tmp_path):
 
 
 def test_a_builder_that_fails_leaves_nothing(fresh_cache):
+    store = cache.Store(fresh_cache)
+    store.prepare()
+    name = cache.short(load._order(ToySpec(note="broken"), "counting").digest)
+    (store.building / f"{name}.1234abcd").mkdir()  # a builder before it was killed
     with pytest.raises(errors.BuildError, match="found the note broken"):
         load.load(ToySpec(note="broken"), "counting")
     assert not list((fresh_cache / "kernels").iterdir())
