@@ -39,16 +39,17 @@ def _composite(gate: Tensor, up: Tensor, *, activation: str, target: str = "refe
     return reference(gate, up, activation=activation)
 
 
-# Activation and product are rounded: eps. float32's exp, erf and tanh are good to a few units in the last place: 8 eps.
-# gelu far left of zero cancels (1 + erf, 1 + tanh): eps/2 * |gate| * |up| absolute, 8 eps for |gate * up| up to 16.
+# Activation and product are rounded: eps. float32's exp and tanh are good to a few units in the last place: 8 eps.
+# gelu far left of zero cancels (1 + erf, 1 + tanh), and ATen's float32 gelu takes a polynomial with an absolute error
+# for erf (Abramowitz and Stegun 7.1.26): 3 eps * |gate|, so 32 eps absolute for |gate * up| up to ten.
 op = canonical(
     'gated_mlp(Tensor gate, Tensor up, *, str activation, str target="reference") -> Tensor',
     reference=reference,
     composite=_composite,
     tolerance={
-        torch.float64: Tolerance(8 * 2.0**-52, 8 * 2.0**-52),
-        torch.float32: Tolerance(8 * 2.0**-23, 8 * 2.0**-23),
-        torch.bfloat16: Tolerance(8 * 2.0**-23, 1.5 * 2.0**-7),
-        torch.float16: Tolerance(2.0**-14, 1.5 * 2.0**-10),
+        torch.float64: Tolerance(32 * 2.0**-52, 8 * 2.0**-52),
+        torch.float32: Tolerance(32 * 2.0**-23, 8 * 2.0**-23),
+        torch.bfloat16: Tolerance(32 * 2.0**-23, 1.5 * 2.0**-7),
+        torch.float16: Tolerance(32 * 2.0**-23, 1.5 * 2.0**-10),
     },
 )
