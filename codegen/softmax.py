@@ -29,11 +29,11 @@ def collapse(sizes: list, *strides: list) -> list:
     Dimensions of size 1 go; the others are sorted by the first tensor's stride, because rows are independent and
     neighbouring rows should be neighbours in memory; two that every tensor steps through evenly become one.
     """
-    dims = [(size, steps) for size, *steps in zip(sizes, *strides) if size != 1][::-1]
+    dims = [(size, steps) for size, *steps in zip(sizes, *strides, strict=True) if size != 1][::-1]
     dims.sort(key=lambda dim: (dim[1][0] == 0, dim[1][0]))
     merged = []
     for size, steps in dims:
-        if merged and all(step == merged[-1][0] * inner for step, inner in zip(steps, merged[-1][1])):
+        if merged and all(step == merged[-1][0] * inner for step, inner in zip(steps, merged[-1][1], strict=True)):
             merged[-1] = (merged[-1][0] * size, merged[-1][1])
         else:
             merged.append((size, tuple(steps)))

@@ -12,23 +12,21 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..codegen.softmax import ALGORITHMS
 from ..runtime.errors import BadPassOption, UnsupportedKernel
 from ..runtime.ops.softmax import HALF, KERNEL_DTYPES, hint, promoted_dtype, row_fits_on_chip
 from ._attention_softmax import split_attention
 from .base import Builder, Decline, Exactness, Pass, Rewrite, SiteContext
-from .view import GraphView, arguments, is_assertion, value
+from .view import GraphView, arguments, is_assertion, is_cast, is_identity, same_size, same_sizes, value
 
 Node = torch.fx.Node
 aten = torch.ops.aten
 
 _MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
 _DIVIDE = (aten.div.Tensor, aten.div.Scalar)
-_CAST = (aten.to.dtype, aten._to_copy.default)
-_NOTHING = (aten.alias.default,)
 _NOT = (aten.logical_not.default, aten.bitwise_not.default)
+_SAME_VALUE = (aten.expand.default, aten.detach.default, aten.detach_.default)
 _H100 = {"L2_cache_size": 50 << 20, "multi_processor_count": 132}
 
 
@@ -40,15 +38,15 @@ class TwoPassSoftmax(Pass):
         (m, e) = sum_i (m_i, e_i)   added after aligning both mantissas to the greater exponent: nothing can overflow
         y_i = m_i / m * 2^(e_i - e)
 
-    Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv:2001.04438. Holding exp(z) as a pair of floats makes the
-    pass that looks for the maximum superfluous: 3N elements of memory traffic for a row of N, where three passes move 4N
-    (recomputing the exponentials) or 5N (storing them). The paper measures up to 28 % (AVX-512) and 18 % (AVX2) over
-    three passes on rows that no cache holds.
+    Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv:2001.04438. Holding exp(z) as a pair of floats makes
+    the pass that looks for the maximum superfluous: 3N elements of memory traffic for a row of N, where three passes
+    move 4N (recomputing the exponentials) or 5N (storing them). The paper measures up to 28 % (AVX-512) and 18 %
+    (AVX2) over three passes on rows that no cache holds.
 
     A scale, an additive bias or a ``-inf`` mask in front is computed in the same kernel when only the softmax uses it.
 
-    Quality: the same function, rounded differently, within the op's tolerance (2^-17 relative in float32). In half types
-    a step in front that rounds is left where it is, so that the scores are the model's own, bit for bit.
+    Quality: the same function, rounded differently, within the op's tolerance (2^-17 relative in float32). In half
+    types a step in front that rounds is left where it is, so that the scores are the model's own, bit for bit.
 
     force: rewrite rows that a cache holds, too, where the saved pass costs no memory traffic, and take attentions
         apart, so that the softmax inside becomes one of its own (for comparisons: a fused attention is faster).
@@ -69,7 +67,7 @@ class TwoPassSoftmax(Pass):
 
     def __post_init__(self) -> None:
         if self.row_bytes is not None and (not isinstance(self.row_bytes, int) or self.row_bytes < 0):
-            raise BadPassOption(f"two-pass-softmax: row_bytes is {self.row_bytes!r}, but must be a number of bytes or None")
+            raise BadPassOption(f"two-pass-softmax: row_bytes is {self.row_bytes!r}, but must be bytes or None")
         if self.algorithm not in ("auto", *ALGORITHMS):
             choices = ", ".join(("auto", *ALGORITHMS))
             raise BadPassOption(f"two-pass-softmax: algorithm is {self.algorithm!r}, but must be one of {choices}")
@@ -179,7 +177,7 @@ def _fuse(site: SiteContext, fuse_rounded: bool) -> _Scores:
     user = site.node
     while True:
         node = scores.x
-        rule = _RULES.get(node.target) if node.op == "call_function" else None
+        rule = _rule(node)
         if rule is None:
             return scores
         if reason := _kept(site.view, node, user, site.node):
@@ -191,33 +189,38 @@ def _fuse(site: SiteContext, fuse_rounded: bool) -> _Scores:
 
 
 def _kept(view: GraphView, node: Node, user: Node, root: Node) -> str | None:
-    """Why the node has to stay: something else reads it, or memory is written before the softmax reads."""
+    """Why the node has to stay: something else reads it, or what it read is overwritten before the softmax runs."""
     others = [u for u in node.users if u is not user and not is_assertion(u)]
     if others:
         return f"{others[0].name} uses it too"
-    start, end = view.position[node], view.position[root]
-    for between, place in view.position.items():
-        if start < place < end and isinstance(between.target, torch._ops.OpOverload):
-            if between.target._schema.is_mutable:
-                return f"{between.name} writes in place between it and the softmax"
+    if (writer := view.modified([node], root)) is not None:
+        return f"{writer.name} writes in place what it reads or makes"
     return None
 
 
 Rule = Callable[[Node, _Scores, SiteContext, bool], _Scores]
 
 
+def _rule(node: Node) -> Rule | None:
+    if node.op != "call_function":
+        return None
+    if is_identity(node):
+        return _nothing
+    return _cast if is_cast(node) else _RULES.get(node.target)
+
+
 def _same_tensor(x: Any, result: Any, dtype: bool = True) -> bool:
     """Whether ``x`` is a tensor of the result's shape and dtype: what broadcasts cannot become the input."""
     if not isinstance(x, torch.Tensor) or x.dim() != result.dim() or (dtype and x.dtype != result.dtype):
         return False
-    return all(statically_known_true(a == b) for a, b in zip(x.shape, result.shape, strict=True))
+    return same_sizes(x.shape, result.shape)
 
 
 def _broadcasts(bias: Any, result: Any) -> bool:
     if not isinstance(bias, torch.Tensor) or bias.dim() > result.dim() or bias.device != result.device:
         return False
     pairs = zip(reversed(bias.shape), reversed(result.shape), strict=False)
-    return all(statically_known_true(b == 1) or statically_known_true(b == s) for b, s in pairs)
+    return all(same_size(b, 1) or same_size(b, s) for b, s in pairs)
 
 
 def _scale(node: Node, scores: _Scores, site: SiteContext, fuse_rounded: bool) -> _Scores:
@@ -304,7 +307,7 @@ def _is_minus_infinity(filler: Any) -> bool:
             filler = filler.args[1]
         elif filler.target is aten.scalar_tensor.default:
             filler = filler.args[0]
-        elif filler.target in (*_CAST, *_NOTHING, aten.expand.default, aten.lift_fresh_copy.default):
+        elif is_identity(filler) or is_cast(filler) or filler.target in _SAME_VALUE:
             return _is_minus_infinity(filler.args[0])
         elif filler.op == "get_attr":
             held = _attribute(filler)
@@ -324,12 +327,10 @@ def _attribute(node: Node) -> Any:
 
 def _cast(node: Node, scores: _Scores, site: SiteContext, fuse_rounded: bool) -> _Scores:
     """Half scores widened to float32: the kernel reads them as they are. The result is float32 as before."""
-    source = arguments(node)["self"]
+    source = node.args[0]
     before, after = value(source), value(node)
     if after.device != before.device:
         return scores.stop(f"it moves {before.device} to {after.device}")
-    if after.dtype == before.dtype:
-        return scores.step(node, x=source)
     out = scores.dtype if scores.dtype is not None else value(site.node).dtype
     if before.dtype not in HALF or after.dtype != torch.float32 or out != torch.float32:
         return scores.stop(f"it casts {_dtype(before.dtype)} to {_dtype(after.dtype)}")
@@ -344,11 +345,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((*_MULTIPLY, *_DIVIDE), _scale),
     aten.add.Tensor: _bias,
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
-    **dict.fromkeys(
-        (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), _where
-    ),
-    **dict.fromkeys(_CAST, _cast),
-    aten.alias.default: _nothing,
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), _where),
 }
 
 

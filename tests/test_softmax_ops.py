@@ -100,7 +100,9 @@ def test_gradients_against_float64(log, kind):
 
     # u = 2^-24 times: 3 roundings of scores below 8, 20 terms a sum (60 for the bias), each below 4; the second
     # derivative squares and sums again.
-    for actual, expected, bound in zip(gradients(ours, torch.float32), gradients(exact, torch.float64), (400, 4000), strict=True):
+    for actual, expected, bound in zip(
+        gradients(ours, torch.float32), gradients(exact, torch.float64), (400, 4000), strict=True
+    ):
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a.double(), e, rtol=0, atol=bound * 2.0**-24)
 

@@ -57,7 +57,10 @@ def tiled(cls, n, contiguous="cols", one_read=False, **fields):
 
 def shipped():
     """What is shipped for short and long rows of every kind, at the limits of the tile."""
-    yield "one-read-longest", tiled(SoftmaxSpec, MAX_TILE, one_read=True, algorithm="one_read", bias="float32", scaled=True)
+    yield (
+        "one-read-longest",
+        tiled(SoftmaxSpec, MAX_TILE, one_read=True, algorithm="one_read", bias="float32", scaled=True),
+    )
     yield "one-read-short", tiled(SoftmaxSpec, 64, one_read=True, algorithm="one_read", in_dtype="float16", log=True)
     yield "one-read-columns", tiled(SoftmaxSpec, 1000, "rows", True, algorithm="one_read", out_dtype="bfloat16")
     for algorithm in ALGORITHMS[1:]:

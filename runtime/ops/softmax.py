@@ -4,7 +4,7 @@
     log_softmax  y_i = z_i - log(sum_j exp(z_j))            z = -inf where a bool bias is False
 
 Edge cases are torch's: a row of only ``-inf`` (every element hidden, too), a row with ``+inf`` or with NaN gives NaN.
-The kernel ops ``tilewright::softmax_forward`` and ``softmax_backward`` run the row-softmax family of codegen/softmax.py.
+The kernel ops ``tilewright::softmax_forward`` and ``softmax_backward`` run the kernels of codegen/softmax.py.
 """
 
 from __future__ import annotations
@@ -82,17 +82,17 @@ def reference(
 ) -> Tensor:
     """softmax, or with ``log`` log_softmax, of ``scale * x + bias`` along ``dim``.
 
-    x: any shape, floating (integers with ``dtype``). bias: broadcastable to x; floating is added, bool hides where False.
-    dtype: as in ``torch.softmax``. algorithm: how a kernel computes it; no part of the function.
-    Scores of half types are formed in float32, and the result is rounded once. Result: x's shape, contiguous, ``dtype`` or
-    the promoted dtype of x and bias.
+    x: any shape, floating (integers with ``dtype``). bias: broadcastable to x; floating is added, bool hides where
+    False. dtype: as in ``torch.softmax``. algorithm: how a kernel computes it; no part of the function.
+    Scores of half types are formed in float32, and the result is rounded once. Result: x's shape, contiguous,
+    ``dtype`` or the promoted dtype of x and bias.
     """
     check_arguments(x, dim, bias, algorithm)
     function = torch.log_softmax if log else torch.softmax
     z = x
     promoted = promoted_dtype(x, bias)
     rounds = scale != 1.0 or (bias is not None and bias.dtype != torch.bool)
-    if rounds and promoted in HALF:
+    if rounds and x.dtype in HALF:
         z = z.to(torch.float32)
     if scale != 1.0:
         z = z * scale
@@ -221,7 +221,10 @@ def _geometry(
     programs = -(-groups[0][0] // rows) * math.prod(size for size, _ in groups[1:])
     spans = [[(size, step) for size, step in zip(shape, steps, strict=True) if size > 1] for steps in strides]
     # The last tile runs over the end before it is masked.
-    reach = [sum((size - 1) * step for size, step in dims) + MAX_TILE * max((s for _, s in dims), default=1) for dims in spans]
+    reach = [
+        sum((size - 1) * step for size, step in dims) + MAX_TILE * max((s for _, s in dims), default=1)
+        for dims in spans
+    ]
     return {
         "algorithm": algorithm,
         "block_rows": rows,
@@ -299,8 +302,8 @@ def backward_spec(
 # The kernel ops.
 
 LIBRARY.define(
-    "softmax_forward(Tensor x, Tensor? bias, int dim, float scale, ScalarType dtype, bool log, str algorithm, str target)"
-    " -> Tensor"
+    "softmax_forward(Tensor x, Tensor? bias, int dim, float scale, ScalarType dtype, bool log, str algorithm,"
+    " str target) -> Tensor"
 )
 LIBRARY.define(
     "softmax_backward(Tensor grad, Tensor y, int dim, float scale, ScalarType dtype, bool log, str target) -> Tensor"
