@@ -1,7 +1,7 @@
 """Attention in float64 with a bound, element by element, on how far a kernel may be from it.
 
 Let u be the unit roundoff of the inputs' dtype (2^-24, 2^-11, 2^-8) and u32 = 2^-24. A score is a dot product of D
-terms in float32, scaled and with its bias added: it is off by e_s = (D + 8) u32 (scale sum_d |q_d k_d| + |bias| + |shift|).
+terms in float32, scaled and with its bias added: it is off by e_s = (D + 8) u32 (scale sum |q k| + |bias| + |shift|).
 A weight is off by the factor 1 + e_w with e_w = 2 e_s (numerator, denominator) + (Lk + 16) u32 (sums; exp2 and division
 are good to 2 units). Rounding weights to the dtype before they meet v costs another factor of 1 + 2u, and storing the
 result 1 + 2u: 2u and not u, because Triton's interpreter truncates to bfloat16 where GPUs round to nearest. float16
