@@ -69,11 +69,8 @@ class Segment:
         return {site for box in self.boxes for site in box.sites}
 
 
-def condense(module: torch.fx.GraphModule, mark: Callable[[str], str] = lambda site: "") -> list[Segment]:
-    """The segments of a graph, in the order in which they run.
-
-    mark: a text for a site id, such as the pass that rewrote it; blocks whose marks differ are not drawn as one.
-    """
+def condense(module: torch.fx.GraphModule) -> list[Segment]:
+    """The segments of a graph, in the order in which they run, repeated blocks one by one."""
     nodes = [node for node in module.graph.nodes if _is_drawn(node)]
     paths = _paths(module)
     dag = _drawn_dag(module, set(nodes))
@@ -81,8 +78,26 @@ def condense(module: torch.fx.GraphModule, mark: Callable[[str], str] = lambda s
     members: dict[str, list[Node]] = {}
     for node in nodes:
         members.setdefault(keys[node], []).append(node)
-    segments = [_segment(key, inside, paths, dag, keys) for key, inside in members.items()]
-    return _collapse(segments, mark)
+    return [_segment(key, inside, paths, dag, keys) for key, inside in members.items()]
+
+
+def condense_pair(
+    before: torch.fx.GraphModule | None, after: torch.fx.GraphModule, mark: Callable[[str], str] = lambda site: ""
+) -> list[tuple[Segment | None, Segment | None]]:
+    """Segments of two stages of a graph side by side; blocks that look the same in both are put together.
+
+    mark: a text for a site id, such as the pass that rewrote it; blocks whose marks differ look different.
+    """
+    old = {segment.key: segment for segment in (condense(before) if before is not None else ())}
+    new = {segment.key: segment for segment in condense(after)}
+    merged: dict[object, tuple[Segment | None, Segment | None]] = {}
+    for key in dict.fromkeys((*old, *new)):
+        pair = (old.get(key), new.get(key))
+        look = key if key.startswith("after ") else tuple(s and _look(s, mark) for s in pair)
+        if look in merged:
+            pair = tuple(_join(known, one) for known, one in zip(merged[look], pair, strict=True))  # type: ignore[assignment]
+        merged[look] = pair
+    return list(merged.values())
 
 
 def _opname(node: Node) -> str:
@@ -160,7 +175,7 @@ def _segment(
     block = "" if key.startswith("after ") else key
     name = block or ("inputs" if key == "after " else key)
     segment = Segment(key, name, members=[block or name])
-    groups = _groups(inside, paths, dag, lambda node: None if get_site(node) is not None else paths[node])
+    groups = _groups(inside, paths, dag, lambda node: _home(node, paths[node]))
     if len(groups) > MAX_BOXES:
         groups = _groups(inside, paths, dag, lambda node: _child(paths[node], block))
     index: dict[Node, int] = {}
@@ -188,6 +203,14 @@ def _outside(key: str, block: str) -> str:
     if key.startswith("after "):
         return "inputs" if key == "after " else key
     return "previous" if prefix and key.startswith(prefix) else re.sub(r"\.?\d+$", "", key)
+
+
+def _home(node: Node, path: str) -> str | None:
+    """What plain nodes must share to become one box: the site they were written for, or the module."""
+    if is_canonical(node.target):
+        return None
+    site = get_site(node)
+    return f"site {site.id}" if site is not None else f"module {path}"
 
 
 def _child(path: str, block: str) -> str:
@@ -254,41 +277,28 @@ def _shape(node: Node) -> str:
     return " × ".join(map(str, val.shape)) if isinstance(val, torch.Tensor) else ""
 
 
-def _collapse(segments: list[Segment], mark: Callable[[str], str]) -> list[Segment]:
-    """Equal blocks become one segment that lists its members."""
-    merged: dict[object, Segment] = {}
-    for segment in segments:
-        signature = (
-            re.sub(r"\d+$", "", segment.key),
-            tuple((b.title, b.where, b.kind, b.target, tuple(mark(s) for s in b.sites)) for b in segment.boxes),
-            tuple(segment.edges),
-        )
-        if segment.key.startswith("after "):
-            signature = (segment.key,)  # type: ignore[assignment]
-        # The first block of a stack reads the inputs where the others read their predecessor: not worth a picture.
-        loose = _without_stubs(segment, mark)
-        known = merged.get(signature) or merged.get(loose)
-        if known is None:
-            merged[signature] = merged[loose] = segment
-        elif known is not segment:
-            known.members += segment.members
-            if _stubs(segment) > _stubs(known):
-                known.boxes, known.edges = segment.boxes, segment.edges
-    return list({id(segment): segment for segment in merged.values()}.values())
-
-
-def _stubs(segment: Segment) -> int:
-    return sum(box.kind == "input" and box.title == "previous" for box in segment.boxes)
-
-
-def _without_stubs(segment: Segment, mark: Callable[[str], str]) -> object:
+def _look(segment: Segment, mark: Callable[[str], str]) -> object:
+    """What two blocks must share to be drawn as one. Where inputs come from does not count: the first block of a
+    stack reads the embeddings, the others their predecessor."""
     inner = {box.id for box in segment.boxes if box.kind != "input"}
-    boxes = [b for b in segment.boxes if b.id in inner]
     return (
         re.sub(r"\d+$", "", segment.key),
-        tuple((b.title, b.where, b.kind, b.target, tuple(mark(s) for s in b.sites)) for b in boxes),
+        tuple(
+            (b.title, b.where, b.kind, b.target, tuple(mark(s) for s in b.sites))
+            for b in segment.boxes
+            if b.id in inner
+        ),
         tuple(edge for edge in segment.edges if edge[0] in inner and edge[1] in inner),
     )
+
+
+def _join(known: Segment | None, one: Segment | None) -> Segment | None:
+    """One segment for both, drawn as the one that has a predecessor."""
+    if known is None or one is None:
+        return known
+    reads = any(box.kind == "input" and box.title == "previous" for box in known.boxes)
+    shown = known if reads else one
+    return Segment(known.key, known.name, shown.boxes, shown.edges, [*known.members, *one.members])
 
 
 def merged_name(members: Iterable[str]) -> str:

@@ -314,8 +314,8 @@ def _folder(
         *(f"- {row}" for row in _provenance(uses)),
         "",
         f"`inputs.safetensors` holds the arguments of the first site, from {example.origin}.",
-        "`python check.py` compares `kernel.py` with `reference.py` on them. It needs torch and triton, and where there",
-        "is no GPU it runs the same text in Triton's interpreter.",
+        "`python check.py` compares `kernel.py` with `reference.py` on them. It needs torch and triton, nothing else;",
+        "where there is no GPU, Triton's interpreter runs the same text.",
         "",
     ]
     yield f"{folder}/README.md", "\n".join(readme)

@@ -44,6 +44,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS},
     **{f"math.{name}": getattr(math, name) for name in _MATH},
     **{f"torch.{name}": getattr(torch, name) for name in _SYMBOLIC if hasattr(torch, name)},
+    # A model that opens autocast itself: capture keeps the pair.
+    "torch.amp.enter": torch.amp.autocast_mode._enter_autocast,
+    "torch.amp.exit": torch.amp.autocast_mode._exit_autocast,
 }
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 

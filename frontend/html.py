@@ -20,7 +20,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import CppLexer, PythonLexer
 
-from .condense import Box, Segment, condense, merged_name
+from .condense import Box, Segment, condense_pair, merged_name
 from .layout import layered
 from .report import Report, worst_error
 from .report_print import (
@@ -28,6 +28,7 @@ from .report_print import (
     group_sites,
     model_error_facts,
     same_reason,
+    shared_details,
     short_source,
 )
 
@@ -70,6 +71,7 @@ class _Row:
     before: Markup | None
     after: Markup | None
     changed: int
+    count: int = 1
     kept: bool = True
 
     @property
@@ -126,10 +128,8 @@ def fragment(report: Report, *, full: bool = False) -> str:
     for index, one in enumerate(report.passes):
         found = []
         for group in group_sites(one.matched, lambda r: (r.source, r.kernel)):
-            details = group.rows[0].details.items()
-            shared = {k: v for k, v in details if all(r.details.get(k) == v for r in group.rows)}
             worst = format_error(worst_error(r.error for r in group.rows))
-            found.append(("matched", group, worst, group.rows[0].kernel or "reference form", shared))
+            found.append(("matched", group, worst, group.rows[0].kernel or "reference form", shared_details(group)))
         for group in group_sites(one.declined, lambda r: (r.source, same_reason(r.reason))):
             found.append(("declined", group, group.rows[0].reason, "", {}))
         for group in group_sites(one.near_misses, lambda r: (r.source, same_reason(r.reason))):
@@ -217,18 +217,15 @@ class _Marks:
 
 def _graph_rows(pair: GraphPair, report: Report) -> list[_Row]:
     marks = _Marks.of(report)
-    before = {s.key: s for s in condense(pair.before, marks.mark)} if pair.before is not None else {}
-    after = {s.key: s for s in condense(pair.after, marks.mark)}
     rows = []
-    for key in dict.fromkeys((*before, *after)):
-        old, new = before.get(key), after.get(key)
+    for old, new in condense_pair(pair.before, pair.after, marks.mark):
         shown = new or old
         assert shown is not None
         name = merged_name(shown.members)
         if shown.count > 1:
-            name += f"  ({shown.count} alike)"
+            name += f" ({shown.count} alike)"
         changed = sum(1 for site in shown.sites if site in marks.passes)
-        rows.append(_Row(name, _svg(old, marks), _svg(new, marks), changed))
+        rows.append(_Row(name, _svg(old, marks), _svg(new, marks), changed, shown.count))
     # Of very many different blocks, those that were rewritten are shown first and the rest is folded.
     for index, row in enumerate(sorted(rows, key=lambda r: r.changed == 0)):
         row.kept = index < MAX_VARIANTS

@@ -92,6 +92,11 @@ def format_error(error: SiteError | None) -> str:
     return f"rel {format_number(error.rel_l2)}, max {format_number(error.max_abs)}{decibels}"
 
 
+def brief_error(error: SiteError | None) -> str:
+    """As :func:`format_error` without the maximum."""
+    return ", ".join(part for part in format_error(error).split(", ") if not part.startswith("max "))
+
+
 def plain(report: Report, width: int = WIDTH) -> str:
     """The report as text without colours."""
     out = io.StringIO()
@@ -164,7 +169,7 @@ def _summary(report: Report) -> RenderableType:
             Text(one.exactness, style=_EXACTNESS_STYLE.get(one.exactness, "")),
             Text(str(counts[0]), style="green" if counts[0] else "red"),
             *(str(c) for c in counts[1:]),
-            Text(format_error(one.worst()) if one.matched else "-"),
+            Text(brief_error(one.worst()) if one.matched else "-"),
         )
     return Padding(table, (1, 0, 1, 0))
 
@@ -181,7 +186,7 @@ def _sites(one: Any) -> list[RenderableType]:
     for group in group_sites(one.matched, lambda r: (r.source, r.kernel)):
         what = Text(format_error(worst_error(r.error for r in group.rows)))
         what.append(f"\n{group.rows[0].kernel or 'reference form'}", style="dim")
-        details = {k: v for k, v in group.rows[0].details.items() if all(r.details.get(k) == v for r in group.rows)}
+        details = shared_details(group)
         if details:
             what.append("\n" + ", ".join(f"{k}={_brief(v)}" for k, v in details.items()), style="dim")
         table.add_row(Text("matched", style="green"), str(group.count), _where(group), what)
@@ -190,6 +195,16 @@ def _sites(one: Any) -> list[RenderableType]:
     for group in group_sites(one.near_misses, lambda r: (r.source, same_reason(r.reason))):
         table.add_row(Text("near miss", style="magenta"), str(group.count), _where(group), _stopped(group.rows[0]))
     return [Padding(table, (0, 0, 1, 0))]
+
+
+def shared_details(group: SiteGroup) -> dict[str, Any]:
+    """Details that all sites of the group have in common, without the empty ones."""
+    rows = group.rows
+    return {
+        key: item
+        for key, item in rows[0].details.items()
+        if item not in (None, "", [], (), {}) and all(row.details.get(key) == item for row in rows)
+    }
 
 
 def _brief(value: Any) -> str:
@@ -223,7 +238,7 @@ def model_error_facts(error: Any) -> list[tuple[str, str]]:
     if error.top1_agreement is not None:
         facts.append(("top-1 agreement", f"{100 * error.top1_agreement:.2f} %"))
     if error.perplexity_before is not None and error.perplexity_after is not None:
-        facts.append(("perplexity", f"{error.perplexity_before:.3f} -> {error.perplexity_after:.3f}"))
+        facts.append(("perplexity", f"{error.perplexity_before:.4g} -> {error.perplexity_after:.4g}"))
     if error.tokens_worse is not None:
         facts.append(("tokens made worse", f"{100 * error.tokens_worse:.1f} %"))
     return facts
