@@ -53,7 +53,7 @@ def _add(report: Report, record: GraphRecord) -> None:
     by_node = {use.node: use for use in record.kernels}
     for row, run in zip(report.passes, record.runs, strict=True):
         for rewrite in run.rewrites:
-            use = by_node.get(rewrite.result)
+            use = next((by_node[name] for name in reversed(rewrite.nodes) if name in by_node), None)
             error = SiteError(**rewrite.error) if rewrite.error is not None else None
             row.matched.append(
                 MatchedSite(

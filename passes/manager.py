@@ -36,6 +36,7 @@ class SiteRewrite:
 
     node: name of the replaced node in :attr:`PassRun.before`. result: name of the node that took its place.
     after: the replacement as a module; inputs: names of the nodes of ``before`` that its placeholders stand for.
+    nodes: names of all nodes that were inserted for it.
     """
 
     site: Site
@@ -44,6 +45,7 @@ class SiteRewrite:
     result: str
     after: torch.fx.GraphModule
     inputs: list[str]
+    nodes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     error: dict[str, float] | None = None
 
@@ -145,11 +147,15 @@ def run_pass(
             builder = Builder(view, node)
             result = _build(one, outcome, builder, node)
             inserted.update(builder.inserted)
-            pending.append((SiteRewrite(site, _op(node), node.name, result.name, module, [], dict(outcome.details)), result))
+            names = [inserted_node.name for inserted_node in builder.inserted]
+            details = dict(outcome.details)
+            pending.append((SiteRewrite(site, _op(node), node.name, result.name, module, [], names, details), result))
             if get_site(result) is None and result in inserted:
                 set_site(result, site)
+            if any(node in new.all_input_nodes for new in builder.inserted):
+                builder.inserted[0].prepend(node)  # the replacement wraps what it replaces
             for user in list(node.users):
-                if user not in inserted:  # a replacement may well read what it replaces, and wrap it
+                if user not in inserted:
                     user.replace_input_with(node, result)
                     view.insert(user)
             if not node.users:
