@@ -25,7 +25,9 @@ from ..runtime.ops.attention import visible_pairs
 from ..runtime.ops.visible_keys import MASKED_AT, count_visible
 
 ROWS = 64
-"""Rows sampled of each sequence."""
+"""Rows kept of each sampled sequence."""
+REGRESSION_ROWS = 1024
+"""Rows of each sequence that the regression on queries sees; it has as many unknowns as a head has channels."""
 SAMPLE_BYTES = 8 * 2**20
 """What an attention's sample may take, unless a single sequence takes more: then one is kept."""
 SCORE_BYTES = 64 * 2**20
@@ -107,31 +109,31 @@ class Sample:
                 bias = None
         visible = None if visible is None else _four(visible)
         count = count_visible(q, k, values["bias"], mask=mask).float()
-        limit = max(1, min(ROWS, SCORE_BYTES // (4 * heads * k_len)))
+        limit = max(1, SCORE_BYTES // (4 * heads * k_len))
         for entry in range(batch):
             self.seen += 1
             # Both draws for every sequence, so that one that is refused does not change what follows.
             key = float(torch.rand((), generator=self.generator))
             order = torch.randperm(q_len, generator=self.generator)
-            chosen = order[_real_rows(visible, bias, count, entry, q_len, k_len).cpu()[order]][:limit].to(q.device)
+            chosen = order[_real_rows(visible, bias, count, entry, q_len, k_len).cpu()[order]].to(q.device)
             if len(chosen) == 0:
                 continue
-            refused = key >= self.threshold
-            if refused and not self.regress:
-                continue
-            rows = Rows(
-                q[entry][:, chosen].clone(),
-                k[entry].clone(),
-                v[entry].clone(),
-                _pick(visible, entry, chosen),
-                _pick(bias, entry, chosen),
-                _rows_of(count, entry, chosen).expand(-1, len(chosen), -1),
-                values["scale"],
-            )
+
+            def take(rows: Tensor, entry: int = entry) -> Rows:
+                return Rows(
+                    q[entry][:, rows].clone(),
+                    k[entry].clone(),
+                    v[entry].clone(),
+                    _pick(visible, entry, rows),
+                    _pick(bias, entry, rows),
+                    _rows_of(count, entry, rows).expand(-1, len(rows), -1),
+                    values["scale"],
+                )
+
             if self.regress:
-                self._add_moments(rows)
-            if not refused:
-                self._keep(key, rows)
+                self._add_moments(take(chosen[: min(limit, REGRESSION_ROWS)]))
+            if key < self.threshold:
+                self._keep(key, take(chosen[: min(limit, ROWS)]))
 
     def _keep(self, key: float, rows: Rows) -> None:
         self.kept = sorted([*self.kept, (key, rows)], key=lambda item: item[0])
