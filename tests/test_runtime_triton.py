@@ -307,6 +307,37 @@ def test_cross_compiling_with_an_unusable_cache(tmp_path):
         assert cc.cross_compile(runtime_toy.toy_text(ToySpec(), "triton"), "sm_80")
 
 
+def test_a_compilation_at_first_launch_is_in_compiled_mode_and_below_our_cache(monkeypatch, fresh_cache):
+    """The way a launch on a GPU compiles, up to the binary: Triton's warmup with a driver that only has a name."""
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Named:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    monkeypatch.setattr(triton_language, "_user_cache_dir", None)
+    monkeypatch.setattr(driver, "_active", Named())
+    kernel = load.load(ToySpec(), "triton")
+    module = sys.modules[kernel.launch.__module__]
+    before = language()
+    assert triton_language.imported_interpreted() and knobs.runtime.interpret  # as conftest.py wants it
+    compiled = module.rows.warmup(torch.float32, torch.float32, 50, BLOCK=64, grid=(1,))
+    assert "cubin" in compiled.asm
+    assert [path.name for path in (fresh_cache / "triton").rglob("*.cubin")] == ["rows.cubin"]
+    assert not changed(before, language())
+    monkeypatch.setattr(triton_language, "_user_cache_dir", "/the/user/said/so")
+    with triton_language.compile_mode():
+        assert "dir" not in knobs.cache.__dict__
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_compiled_target_loads_and_says_so_at_launch():
     kernel = load.load(ToySpec(), "triton")
