@@ -250,6 +250,13 @@ def test_a_disk_that_fails_is_announced_once(monkeypatch, fresh_cache, code, aft
     assert not list((fresh_cache / "building").iterdir())
 
 
+def test_two_threads_that_fail_differently_announce_once(tmp_path):
+    with pytest.warns(errors.TilewrightWarning) as said:
+        first = cache.abandon(tmp_path, "No space left on device (a)")
+        assert cache.abandon(tmp_path, "Read-only file system (b)") == first
+    assert len(said) == 1
+
+
 def test_a_cache_below_a_file_is_announced(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with settings.override(cache_dir=tmp_path / "file" / "cache"):
