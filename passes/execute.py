@@ -34,7 +34,7 @@ class HookedInterpreter(torch.fx.Interpreter):
         result = super().run_node(n)
         if n in self.hooks:
             hook = self.hooks[n]
-            result = hook.call([self.env[need] for need in hook.needs], result)
+            result = hook.call([result if need is n else self.env[need] for need in hook.needs], result)
         if self.hooks:
             # Our own garbage collection: Interpreter's would free values before a hook reads them.
             for dead in self._last_use.get(n, ()):
