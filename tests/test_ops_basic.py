@@ -16,42 +16,50 @@ def angles(rows, layout="rotate_half"):
     return torch.cat([half, half], -1) if layout == "rotate_half" else half.repeat_interleave(2, -1)
 
 
-# Name -> op name, tensors in float64 for ``rows`` rows, the other arguments.
+def normal(*shape):
+    return torch.randn(*shape)
+
+
+def scale():
+    return torch.rand(N) + 0.5
+
+
+# Name -> op name, tensors for ``r`` rows, the other arguments.
 CASES = {
-    "rms_norm": ("rms_norm", lambda r: (torch.randn(r, N), torch.rand(N) + 0.5), (1e-6,), {}),
+    "rms_norm": ("rms_norm", lambda r: (normal(r, N), scale()), (1e-6,), {}),
     "rms_norm-llama": (
         "rms_norm",
-        lambda r: (torch.randn(r, N), torch.rand(N) + 0.5),
+        lambda r: (normal(r, N), scale()),
         (1e-6,),
         {"round_before_weight": True},
     ),
-    "rms_norm-gemma": ("rms_norm", lambda r: (torch.randn(r, N), torch.rand(N)), (1e-6,), {"weight_offset": 1.0}),
-    "rms_norm-no-weight": ("rms_norm", lambda r: (torch.randn(r, N), None), (1e-5,), {}),
+    "rms_norm-gemma": ("rms_norm", lambda r: (normal(r, N), torch.rand(N)), (1e-6,), {"weight_offset": 1.0}),
+    "rms_norm-no-weight": ("rms_norm", lambda r: (normal(r, N), None), (1e-5,), {}),
     "layer_norm": (
         "layer_norm",
-        lambda r: (torch.randn(r, N) + 3, [N], torch.rand(N) + 0.5, torch.randn(N)),
+        lambda r: (normal(r, N) + 3, [N], scale(), torch.randn(N)),
         (1e-5,),
         {},
     ),
-    "layer_norm-bare": ("layer_norm", lambda r: (torch.randn(r, N), [N]), (), {}),
-    "rope": ("rope", lambda r: (torch.randn(r, N), (a := angles(r)).cos(), a.sin()), (), {}),
+    "layer_norm-bare": ("layer_norm", lambda r: (normal(r, N), [N]), (), {}),
+    "rope": ("rope", lambda r: (normal(r, N), (a := angles(r)).cos(), a.sin()), (), {}),
     "rope-interleaved": (
         "rope",
-        lambda r: (torch.randn(r, N), (a := angles(r, "interleaved")).cos(), a.sin()),
+        lambda r: (normal(r, N), (a := angles(r, "interleaved")).cos(), a.sin()),
         (),
         {"layout": "interleaved"},
     ),
     **{
         f"gated_mlp-{name}": (
             "gated_mlp",
-            lambda r: (torch.randn(r, N) * 2, torch.randn(r, N)),
+            lambda r: (normal(r, N) * 2, torch.randn(r, N)),
             (),
             {"activation": name},
         )
         for name in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
     },
-    "linear": ("linear", lambda r: (torch.randn(r, N), torch.randn(8, N) / N**0.5, torch.randn(8)), (), {}),
-    "linear-no-bias": ("linear", lambda r: (torch.randn(r, N), torch.randn(8, N) / N**0.5), (), {}),
+    "linear": ("linear", lambda r: (normal(r, N), torch.randn(8, N) / N**0.5, torch.randn(8)), (), {}),
+    "linear-no-bias": ("linear", lambda r: (normal(r, N), torch.randn(8, N) / N**0.5), (), {}),
 }
 cases = pytest.mark.parametrize("case", CASES)
 

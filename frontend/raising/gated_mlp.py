@@ -139,8 +139,9 @@ def _gated(activation: str, gate: Any, act: Node, covered: list[Node]) -> Raised
     up = other_operand(product, top)
     if not isinstance(up, Node):
         return None
-    if peel(up) is peel(gate):
-        return None  # an activation of one tensor, such as the square of relu
+    other = peel(up)
+    if other is peel(gate) or (is_call(other, *_ACTIVATIONS) and peel(other.args[0]) is peel(gate)):
+        return None  # a function of one tensor, such as the square of relu
     if not from_linear(up):
         return NearMiss(product, f"{activation}(gate) is multiplied by what no linear layer made")
     return Raised(

@@ -58,7 +58,7 @@ def _weight(item: Any, facts: Facts, bias: Any) -> tuple[Node, bool] | None:
         return None
     if _is_weight(node, facts, bias):
         return node, False
-    if is_call(node, aten.t.default, aten.numpy_T.default):
+    if is_call(node, aten.t.default, aten.mT.default, aten.numpy_T.default):
         transposed = True
     elif is_call(node, aten.transpose.int):
         transposed = is_dim(node.args[1], 0, 2) != is_dim(node.args[2], 0, 2)

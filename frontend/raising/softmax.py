@@ -135,12 +135,11 @@ def _keeps(keepdim: bool, unsqueezes: list[Node], dim: int, rank: int) -> bool:
 
 def _quotient(exp: Node, total: Node) -> tuple[Node, bool, list[Node]] | None:
     """``exp / total``, also as ``exp * reciprocal(total)``: the root, whether it is the log form, nodes in between."""
+    for user in readers(total):
+        if is_call(user, aten.div.Tensor) and user.args[1] is total and peel(user.args[0]) is peel(exp):
+            return user, False, []
     user = sole_reader(total)
-    if user is None:
-        return None
-    if is_call(user, aten.div.Tensor) and user.args[1] is total and peel(user.args[0]) is peel(exp):
-        return user, False, []
-    if is_call(user, aten.reciprocal.default):
+    if user is not None and is_call(user, aten.reciprocal.default):
         top, chain = past_identities(user)
         product = sole_reader(top)
         if product is not None and is_call(product, aten.mul.Tensor) and peel(other_operand(product, top)) is peel(exp):
