@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from ..codegen.spec import KernelSpec, SpecError
 from ..runtime.errors import SaveError
 from .graph_json import graph_from_json, graph_to_json
-from .inputs import CallForm, Input, describe_inputs
+from .saved_inputs import CallForm, Input, describe_inputs
 from .report import Report, json_safe
 
 if TYPE_CHECKING:
