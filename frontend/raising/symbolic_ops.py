@@ -311,6 +311,25 @@ def _to(it: Interpreter, node: Node, index: Index) -> Element:
     return _in_dtype(it, node.args[0], index, value(node).dtype)
 
 
+def _compare(name: str, left: sympy.Expr, right: sympy.Expr) -> Boolean:
+    """A comparison; ``|x| <= c`` and those of Max and Min are taken apart into plain ones."""
+    difference = left - right
+    bends = [e for e in difference.atoms(sympy.Abs, sympy.Max, sympy.Min) if difference.coeff(e) in (1, -1)]
+    if not bends:
+        return _RELATIONS[name](left, right)
+    if name == "eq":
+        return sympy.And(_compare("le", left, right), _compare("ge", left, right))
+    if name == "ne":
+        return sympy.Not(_compare("eq", left, right))
+    bend = bends[0]
+    values = (bend.args[0], -bend.args[0]) if isinstance(bend, sympy.Abs) else bend.args
+    largest = isinstance(bend, sympy.Max | sympy.Abs)
+    # The largest is below c when all are; the smallest when one is.
+    below = (name in ("lt", "le")) == (difference.coeff(bend) == 1)
+    join = sympy.And if largest == below else sympy.Or
+    return join(*(_compare(name, difference.xreplace({bend: v}), sympy.Integer(0)) for v in values))
+
+
 def _floor_divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     if not b.is_positive:
         raise Unsupported("division by what may be zero or negative")
@@ -402,7 +421,9 @@ def _express(name: str, given: dict[str, Any], tensors: Sequence[str], items: Se
         raise Unsupported("an integer against a float")
     items = [sympy.Integer(int(item)) if isinstance(item, bool) else item for item in items]
     if name in _RELATIONS:
-        return _RELATIONS[name](*items)
+        return _compare(name, *items)
+    if name == "div" and given.get("rounding_mode") == "floor":
+        return _floor_divide(*items)
     if name == "logical_not":
         return sympy.Eq(items[0], 0)
     if name not in _ARITHMETIC or dtype not in (torch.int64, torch.int32) or given.get("alpha", 1) != 1:
