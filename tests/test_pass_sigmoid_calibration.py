@@ -17,6 +17,7 @@ from tilewright.passes import Decline, Needs, SigmoidAttention, SiteContext
 from tilewright.passes import _sigmoid_fit as sigmoid_fit
 from tilewright.passes.view import GraphView
 from tilewright.runtime import errors
+from tilewright.runtime.ops import OPS
 
 
 def test_needs() -> None:
@@ -287,3 +288,24 @@ def test_through_dynamo(fresh_dynamo: None) -> None:
         # One matrix product of 16 and attention over at most 12 keys in float32, fused alike: a few roundings.
         torch.testing.assert_close(dynamo(other), exported(other), rtol=1e-5, atol=1e-6)
     assert len(dynamo.records) <= 2, "the first length may be specialized, the second opens it"
+
+
+@pytest.mark.parametrize("one", [SigmoidAttention(), SigmoidAttention("calibrated", True)], ids=["-log_n", "follow"])
+def test_kernel_forward_and_backward(one: SigmoidAttention) -> None:
+    """The Triton kernels, run by the interpreter, agree with the reference form; the shift has a gradient too."""
+    x = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0))
+    results = []
+    for target in ("reference", "triton-interpret"):
+        model = TinyAttention().train()
+        compiled = tw.compile(
+            model, passes=[one], example_inputs=(x,), calibration=[x], target=target, rest="eager", strict=True
+        )
+        assert [use.op for use in compiled.kernels] == (["attention"] if target == "triton-interpret" else [])
+        out = compiled(x)
+        out.square().sum().backward()
+        results.append((out.detach(), model.qkv.weight.grad, model.qkv.bias.grad))
+    tolerance = OPS["attention"].tolerance[torch.float32]
+    # Gradients add up 40 rows of products of order one: the forward's tolerance once for each.
+    for (ours, theirs), rows in zip(zip(*results, strict=True), (1, 40, 40), strict=True):
+        assert float(theirs.abs().max()) > 0.1
+        torch.testing.assert_close(ours, theirs, rtol=rows * tolerance.rtol, atol=rows * tolerance.atol)
