@@ -5,15 +5,17 @@
     python benchmarks/gpu_softmax.py --case long --repeats 50
 
 One interleaved run per case: every round times each contender once, in an order drawn anew, so that clocks and
-neighbours bear on all alike. Reported are medians, and quartiles of the ratio to torch eager *within* each round. The
-column "floor" is the bytes that a softmax has to move (one read, one write) over the copy bandwidth measured in the same
-process; "moved" is what the algorithm itself moves (2N, 3N, 4N, 5N), as a share of that bandwidth.
+neighbours bear on all alike. Reported are medians, and median and quartiles of the ratio to torch eager *within* each
+round. "floor": the time in which the bytes that a softmax has to move (one read, one write) could be copied, by the
+copy bandwidth measured in the same process, as a share of the time taken. "moved": the same for the bytes that the
+algorithm moves itself (2N, 3N, 4N, 5N).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(os.environ.get("TILEWRIGHT_BENCHMARK_RESULTS") or Path(__file__).resolve().parent / "results")
 TRAFFIC = {"one_read": 2, "two_pass": 3, "online": 3, "three_pass": 4, "three_pass_reload": 5}
 
 

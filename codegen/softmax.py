@@ -8,8 +8,8 @@ the shape is merged into as few *batch* dimensions as the strides allow (:func:`
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from .spec import DTYPES, KernelSpec, require, require_choice, require_power_of_two
 
@@ -31,7 +31,7 @@ def collapse(sizes: list, *strides: list) -> list:
     """
     dims = [(size, steps) for size, *steps in zip(sizes, *strides, strict=True) if size != 1][::-1]
     dims.sort(key=lambda dim: (dim[1][0] == 0, dim[1][0]))
-    merged = []
+    merged: list = []
     for size, steps in dims:
         if merged and all(step == merged[-1][0] * inner for step, inner in zip(steps, merged[-1][1], strict=True)):
             merged[-1] = (merged[-1][0] * size, merged[-1][1])
@@ -104,6 +104,27 @@ class _RowSpec(KernelSpec):
         """What is needed to compile each kernel with no GPU, see the text's ``COMPILE``."""
         raise NotImplementedError
 
+    def _holds_row(self) -> bool:
+        """Whether the tile has to hold a whole row, so that its width is no matter of speed."""
+        raise NotImplementedError
+
+    def candidates(self, target: str) -> list[Self]:
+        """The default; twice and half the warps; for tiles narrower than the row, twice and half the width."""
+        if target != "triton":
+            return [self]
+        tile = self.block_rows * self.block_cols
+        changes: list[dict[str, Any]] = [{"num_warps": self.num_warps * 2}, {"num_warps": self.num_warps // 2}]
+        if not self._holds_row():
+            changes += [{"block_cols": self.block_cols * 2}, {"block_cols": self.block_cols // 2}]
+        found = [self]
+        for change in changes:
+            warps, cols = change.get("num_warps", self.num_warps), change.get("block_cols", self.block_cols)
+            elements = tile // self.block_cols * cols // (32 * max(warps, 1))
+            # From one to 64 elements a thread, and 16 warps at most: beyond, registers spill or threads idle.
+            if 1 <= warps <= 16 and cols >= 1 and 1 <= elements <= 64:
+                found.append(replace(self, **change))
+        return found
+
 
 @dataclass(frozen=True)
 class SoftmaxSpec(_RowSpec):
@@ -131,6 +152,9 @@ class SoftmaxSpec(_RowSpec):
             require(not self.log, "three_pass_reload is no way to compute log_softmax: it keeps exponentials")
             ok = self.out_dtype == "float32"
             require(ok, f"three_pass_reload keeps exponentials in the output: {self.out_dtype} would round them twice")
+
+    def _holds_row(self) -> bool:
+        return self.algorithm == "one_read"
 
     def compile_entries(self) -> list[dict[str, Any]]:
         value = f"*{_TRITON_TYPES[self.in_dtype]}"
@@ -178,6 +202,9 @@ class SoftmaxBackwardSpec(_RowSpec):
         require_choice("grad_dtype", self.grad_dtype, DTYPES)
         require(isinstance(self.one_read, bool), f"one_read is {self.one_read!r}, but must be True or False")
         require(self.splits == 1 or not self.one_read, "a row that fits one tile is not split")
+
+    def _holds_row(self) -> bool:
+        return self.one_read
 
     def compile_entries(self) -> list[dict[str, Any]]:
         inputs = {"g": f"*{_TRITON_TYPES[self.grad_dtype]}", "y": f"*{_TRITON_TYPES[self.in_dtype]}"}

@@ -147,6 +147,17 @@ def test_tiles_and_splits_hold_their_limits():
     assert choose_splits(4096, 1, 4096, 132) == 1
 
 
+def test_candidates_are_few_and_compile():
+    for _, spec in shipped():
+        found = spec.candidates("triton")
+        assert found[0] == spec and len(found) == len(set(found)) <= 5
+        assert all(c.block_cols == spec.block_cols for c in found) or not spec._holds_row()
+        assert spec.candidates("triton-interpret") == [spec]
+    for candidate in SoftmaxSpec(splits=2).candidates("triton"):
+        for info in cross.cross_compile(render(candidate), "sm_90"):
+            assert not info.stack_bytes
+
+
 def test_the_text_runs_without_tilewright(tmp_path):
     """The kernel file and a few lines around it, in a process that cannot import Tilewright."""
     spec = SoftmaxSpec(algorithm="two_pass", block_rows=4, block_cols=32, splits=2, scaled=True)

@@ -320,19 +320,19 @@ def _forward_kernel(
     algorithm: str,
     target: str,
 ) -> Tensor:
-    from ..load import load
+    from ..autotune import load_best
 
     chosen = spec(x, dim, bias, scale=scale, dtype=dtype, log=log, algorithm=algorithm, target=target)
-    return load(chosen, target).launch(x, bias, dim, scale)
+    return load_best(chosen, target, lambda: (x, bias, dim, scale)).launch(x, bias, dim, scale)
 
 
 def _backward_kernel(
     grad: Tensor, y: Tensor, dim: int, scale: float, dtype: torch.dtype, log: bool, target: str
 ) -> Tensor:
-    from ..load import load
+    from ..autotune import load_best
 
     chosen = backward_spec(grad, y, dim, dtype=dtype, log=log, target=target)
-    return load(chosen, target).launch(grad, y, dim, scale)
+    return load_best(chosen, target, lambda: (grad, y, dim, scale)).launch(grad, y, dim, scale)
 
 
 def _forward_fake(x: Tensor, bias: Tensor | None, dim: int, scale: float, dtype: torch.dtype, *_: Any) -> Tensor:
