@@ -23,8 +23,8 @@ from ...codegen.attention import (
     AttentionSpec,
     default_tiles,
 )
+from ..autotune import load_best
 from ..errors import UnsupportedKernel
-from ..load import load
 from .registry import LIBRARY
 
 
@@ -197,7 +197,8 @@ def _forward_kernel(
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32 (sigmoid: (B, Hq, 0)). bias and shift have four dimensions."""
     chosen = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target)
-    return load(chosen, target).launch(q, k, v, bias, shift, scale)
+    inputs = (q, k, v, bias, shift, scale)
+    return load_best(chosen, target, lambda: inputs).launch(*inputs)
 
 
 def _backward_kernel(
@@ -232,8 +233,8 @@ def _backward_kernel(
         target=target,
         large=_large_shared_memory(q.device) if target == "triton" else False,
     )
-    launch = load(chosen, target).launch
-    dq, dk, dv, dbias, dshift = launch(grad, q, k, v, bias, shift, out, lse, scale, grad_lse)
+    inputs = (grad, q, k, v, bias, shift, out, lse, scale, grad_lse)
+    dq, dk, dv, dbias, dshift = load_best(chosen, target, lambda: inputs).launch(*inputs)
     nothing = q.new_empty((0,), dtype=torch.float32)
     return dq, dk, dv, nothing if dbias is None else dbias, nothing.clone() if dshift is None else dshift
 
