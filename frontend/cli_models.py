@@ -112,7 +112,7 @@ def explain(
     report = compiled.report
     if html is not None:
         from ..runtime.errors import SaveError
-        from .html import page_of
+        from .page import page_of
 
         try:
             html.write_text(page_of(compiled), encoding="utf-8")

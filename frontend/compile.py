@@ -15,7 +15,7 @@ from .backend import require_changes
 from .capture import check_example_inputs, first_line
 from .compiled import CompiledModule
 from .options import Options
-from .types import Rest, Target
+from .choices import Rest, Target
 
 
 def compile(

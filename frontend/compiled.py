@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from ..runtime.errors import BadArgument, TilewrightError
 from . import assemble
 from .backend import GraphProgram, compile_graph, require_changes
-from .bisect import Contribution, measure
+from .bisection import Contribution, measure
 from .capture import Captured, GraphBreaks, export_model
 from .inputs import InputCheck, Signature, flatten_as
 from .lower import KernelUse

@@ -24,7 +24,7 @@ import torch.fx
 
 from ..runtime.errors import BadArgument, SaveError
 from .dump_kernels import kernel_folders
-from .html import page_of
+from .page import page_of
 
 if TYPE_CHECKING:
     from .compiled import CompiledModule
@@ -113,9 +113,10 @@ def _stages(record: Any) -> Iterator[tuple[str, torch.fx.GraphModule]]:
         if (module := getattr(record, stage, None)) is not None:
             yield stage, module
     runs = list(getattr(record, "runs", ()))
-    for run, following in zip(runs, [*(later.before for later in runs[1:]), None], strict=True):
-        module = record.rewritten if following is None else following
-        yield re.sub(r"\W", "_", run.rewrite.name), module
+    for index, done in enumerate(runs):
+        # What the next pass found is what this one left.
+        module = runs[index + 1].before if index + 1 < len(runs) else record.rewritten
+        yield re.sub(r"\W", "_", done.rewrite.name), module
     yield "lowered", record.lowered
 
 

@@ -35,7 +35,7 @@ from ..passes.view import arguments, value
 from ..runtime import load
 from ..runtime.ops import OPS, CanonicalOp
 from .capture import copy_module
-from .html import template
+from .page import template
 from .lower import KernelUse, set_target
 from .report_print import group_sites
 

@@ -18,7 +18,7 @@ from ..passes.view import arguments, value
 from ..runtime import announce, load
 from ..runtime.errors import BuildError, MissingCompiler, MissingDependency, UnsupportedKernel
 from ..runtime.ops import OPS, CanonicalOp, is_canonical
-from .types import Target
+from .choices import Target
 
 Node = torch.fx.Node
 

@@ -10,7 +10,7 @@ from ..passes.base import Pass
 from ..passes.manager import sort_passes
 from ..passes.parse import parse_passes
 from ..runtime.errors import BadArgument
-from .types import Rest, Target
+from .choices import Rest, Target
 
 
 @dataclass(frozen=True)

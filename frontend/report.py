@@ -1,7 +1,7 @@
 """What a compilation did: per pass the sites it changed, the ones it left alone and why, and the error it introduced.
 
 The classes are plain data that the stages fill in. :meth:`Report.to_dict` is the JSON form; printing lives in
-``report_print`` and the notebook form in ``html``.
+``report_print`` and the notebook form in ``page``.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class Report:
         return plain(self)
 
     def _repr_html_(self) -> str:
-        from .html import fragment
+        from .page import fragment
 
         return fragment(self)
 
