@@ -35,8 +35,8 @@ from ..passes.view import arguments, value
 from ..runtime import load
 from ..runtime.ops import OPS, CanonicalOp
 from .capture import copy_module
-from .page import template
 from .lower import KernelUse, set_target
+from .page import template
 from .report_print import group_sites
 
 if TYPE_CHECKING:
