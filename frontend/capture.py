@@ -99,7 +99,7 @@ _NOISY = ("torch._export", "torch.export", "torch.fx.experimental.symbolic_shape
 
 
 def _all_dynamic(leaf: Any) -> Any:
-    return {dim: torch.export.Dim.AUTO for dim in range(leaf.dim())} if isinstance(leaf, torch.Tensor) else None
+    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
 
 
 def _is_single_batch(inputs: Any) -> bool:

@@ -13,9 +13,9 @@ from ..runtime.announce import announce
 from ..runtime.errors import BadArgument, BadExampleInputs, CaptureError
 from .backend import require_changes
 from .capture import check_example_inputs, first_line
+from .choices import Rest, Target
 from .compiled import CompiledModule
 from .options import Options
-from .choices import Rest, Target
 
 
 def compile(
