@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,14 @@ def test_no_package_index_is_named() -> None:
     files = [ROOT / n for n in ("pyproject.toml", "constraints.txt", "requirements-models.txt", "Makefile", ".ci/run")]
     wrong = [f"{path.name}: {match[0]}" for path in files if (match := host.search(path.read_text(encoding="utf-8")))]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_hides_the_standard_library_s() -> None:
+    """Python started in a stage folder puts it first on its path: ``types.py`` there would break every import."""
+    early = {"site"}  # loaded before the working folder is on the path
+    hidden = [
+        str(path.relative_to(ROOT))
+        for path in stage_files()
+        if path.stem in sys.stdlib_module_names - early - {"__init__"}
+    ]
+    assert not hidden, f"named as a module of the standard library: {', '.join(hidden)}"
