@@ -83,9 +83,7 @@ def assert_close(actual: Any, expected: Any, dtype: torch.dtype, equal_nan: bool
     """Within the tolerance of the canonical op for ``dtype``; ``expected`` usually is float64."""
     tolerance = TOLERANCE[dtype]
     for a, e in zip(tensors(actual), tensors(expected), strict=True):
-        torch.testing.assert_close(
-            a.double(), e.double(), equal_nan=equal_nan, **vars(tolerance)
-        )
+        torch.testing.assert_close(a.double(), e.double(), equal_nan=equal_nan, **vars(tolerance))
 
 
 def in_float64(function: Callable[..., Any], args: Sequence[Tensor]) -> Any:

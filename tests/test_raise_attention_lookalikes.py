@@ -117,9 +117,7 @@ LOOKALIKES = {
         "does not hide them",
     ),
     "fill turned by a negative scale": (
-        lambda q, k, v: (
-            softmax((q @ k.mT).masked_fill(causal(), 1e9 if q.dtype.is_floating_point else 0) * 2.0, -1) @ v
-        ),
+        lambda q, k, v: softmax((q @ k.mT).masked_fill(causal(), -1e9) * -2.0, -1) @ v,
         "does not hide them",
     ),
     "filled by a tensor": (

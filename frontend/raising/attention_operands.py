@@ -143,8 +143,16 @@ class Operand:
         if repeats:
             steps.append(self._repeated)
         # Behind a squeeze dims are counted differently: that is where it ends.
-        while self.squeeze is None and self.node.op == "call_function" and any(step() for step in steps):
-            pass
+        placed: tuple[Any, ...] | None = None
+        while True:
+            account = (self.factor, self.groups, self.split)
+            if self.dims == list(range(len(self.dims))):
+                placed = (self.node, list(self.dims), account)
+            if self.squeeze is not None or self.node.op != "call_function" or not any(step() for step in steps):
+                break
+        # A node of the graph that lies in the right order already is better than permuting an earlier one.
+        if placed is not None and placed[2] == account and self.squeeze is None:
+            self.node, self.dims = placed[:2]
 
     def _permute(self) -> bool:
         node, rank = self.node, value(self.node).dim() if isinstance(value(self.node), torch.Tensor) else 0
