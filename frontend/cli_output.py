@@ -39,6 +39,10 @@ def print_json(data: Any) -> None:
 class Commands(TyperGroup):
     """Turns Tilewright's errors into a sentence and exit status 2; ``--debug`` lets them through."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        self.wants_json = "--json" in args
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         if ctx.params.get("debug") or os.environ.get("TILEWRIGHT_DEBUG"):
             return super().invoke(ctx)
@@ -49,15 +53,11 @@ class Commands(TyperGroup):
             with _notes():
                 return super().invoke(ctx)
         except (TilewrightError, SpecError) as error:
-            fail(error)
-
-
-def fail(error: Exception) -> None:
-    """Print the error and leave. With ``--json`` it is JSON on stdout too."""
-    if "--json" in sys.argv:
-        print_json({"error": {"type": type(error).__name__, "message": str(error)}})
-    err().print(Text(f"error: {error}", style="bold red"), soft_wrap=True)
-    raise typer.Exit(EXIT_ERROR)
+            # A script that asked for JSON gets JSON, whatever happens.
+            if self.wants_json:
+                print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+            err().print(Text(f"error: {error}", style="bold red"), soft_wrap=True)
+            raise typer.Exit(EXIT_ERROR) from None
 
 
 @contextlib.contextmanager
