@@ -269,3 +269,10 @@ def test_command_line_text() -> None:
         one("sigmoid-attention{bias=inf}")
     with pytest.raises(errors.BadPassOption):
         one("sigmoid-attention{bias=logn}")
+
+
+def test_count_is_a_sound_operator() -> None:
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8)
+    bias = torch.rand(2, 1, 1, 6) > 0.5
+    torch.library.opcheck(COUNT, (q, k), {"mask": "k_idx <= q_idx"})
+    torch.library.opcheck(COUNT, (q, k, bias), {"mask": "k_idx <= q_idx"})
