@@ -163,8 +163,8 @@ def test_door_two_with_gradients(name, implementation, fresh_dynamo):
     (got * direction).mean().backward()
     assert len(found) == 1 and counts(found[0]) == expected
     assert_close(got, want)
-    # Sums over the batch and the layers above round more than one output does. Some gradients are zero but for
-    # rounding (a bias of the keys shifts every score of a row alike), so a thousandth of the largest is the least scale.
+    # Sums over the batch and the layers above round more than one output does. Some gradients are zero up to rounding
+    # (a bias of the keys shifts every score of a row alike), so the least scale is a thousandth of the largest.
     largest = max(gradient.abs().max().item() for gradient in gradients.values())
     for key, p in model.named_parameters():
         if key in gradients:
