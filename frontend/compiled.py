@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.fx
-import torch.utils._pytree as pytree
 from torch._dynamo.exc import BackendCompilerFailed
 
-from ..runtime.errors import BadArgument, TilewrightError
+from ..runtime.errors import TilewrightError
 from . import assemble
 from .backend import GraphProgram, compile_graph, require_changes
 from .bisection import Contribution, measure
-from .capture import Captured, GraphBreaks, export_model
-from .inputs import InputCheck, Signature, flatten_as
+from .capture import GraphBreaks
+from .exported import ExportedProgram
 from .lower import KernelUse
 from .options import Options
-from .pipeline import GraphRecord, Stopwatch, process
+from .pipeline import GraphRecord
 from .report import CaptureReport, ModelError, Report
 
 
@@ -225,85 +223,6 @@ def _same_signature(call: Any, model: torch.nn.Module) -> Any:
         return call(*args, **kwargs)
 
     return forward
-
-
-class ExportedProgram:
-    """One exported graph made callable with the model's signature."""
-
-    def __init__(
-        self, record: GraphRecord, captured: Captured, names: Sequence[str], defaults: dict[str, Any], rest: str
-    ) -> None:
-        self.record = record
-        self.captured = captured
-        self.names = list(names)
-        self.defaults = defaults
-        self.seconds: dict[str, float] = {}
-        self.model_error: ModelError | None = None
-        self.inputs = InputCheck(record.captured, captured.in_spec)
-        if rest == "inductor":
-            # Compiled at the first call. Dynamo guards the sizes that Inductor specializes on.
-            self.run = torch.compile(record.lowered, dynamic=True if captured.dynamic else None, fullgraph=True)
-        else:
-            self.run = record.lowered
-
-    @staticmethod
-    def make(
-        model: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dynamic_shapes: Any,
-        options: Options,
-        calibration: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
-    ) -> ExportedProgram:
-        signature = Signature(model)
-        named = signature.bind(args, kwargs)
-        watch = Stopwatch()
-        with watch.stage("capture"):
-            captured = export_model(model, (), named, dynamic_shapes) if signature.by_name else export_model(
-                model, args, kwargs, dynamic_shapes
-            )
-        inputs = ((), named) if signature.by_name else (args, kwargs)
-        flat = pytree.tree_leaves(inputs)
-        batches = [
-            flatten_as(captured.in_spec, ((), signature.bind(a, k)) if signature.by_name else (a, k), "calibration")
-            for a, k in calibration
-        ]
-        record = process(captured.module, options, example_values=flat, calibration=batches)
-        program = ExportedProgram(record, captured, list(named), signature.defaults, options.rest)
-        program.signature = signature
-        program.model_error = assemble.model_error(record, named, captured.out_spec)
-        program.seconds = watch.seconds
-        record.outputs_before = record.outputs_after = None
-        return program
-
-    signature: Signature
-
-    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The call's leaves in the graph's order. Raises :class:`BadArgument` where the capture does not cover it."""
-        if not self.signature.by_name:
-            return flatten_as(self.captured.in_spec, (args, kwargs), "call")
-        named = self.signature.bind(args, kwargs)
-        for name in [name for name in named if name not in self.names]:
-            default = self.defaults.get(name, inspect.Parameter.empty)
-            if named[name] is default or (not isinstance(named[name], torch.Tensor) and named[name] == default):
-                del named[name]
-            else:
-                raise BadArgument(
-                    f"the model was captured without {name!r}: give it in example_kwargs when compiling, "
-                    "or compile without example inputs"
-                )
-        for name in self.names:
-            if name not in named:
-                if name not in self.defaults:
-                    raise BadArgument(f"the call lacks {name!r}")
-                named[name] = self.defaults[name]
-        return flatten_as(self.captured.in_spec, ((), {name: named[name] for name in self.names}), "call")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self.flatten(args, kwargs)
-        self.inputs.check(flat)
-        outputs = self.run(*flat)
-        return pytree.tree_unflatten(list(outputs), self.captured.out_spec)
 
 
 def _mode(model: torch.nn.Module) -> tuple[Any, ...]:

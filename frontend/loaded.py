@@ -17,7 +17,7 @@ from ..runtime import load as kernels_of
 from ..runtime.errors import BadArgument, BuildError, MissingCompiler, MissingDependency, UnsupportedKernel
 from .lower import KernelUse, set_target
 from .report import Report
-from .saved_inputs import check_inputs
+from .inputs import check_inputs
 
 if TYPE_CHECKING:
     from .save import Program
@@ -83,7 +83,7 @@ class LoadedModule(torch.nn.Module):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return self.program.call.signature()
+        return self.program.call.signature
 
 
 def _open_kernels(program: Program) -> list[KernelUse]:

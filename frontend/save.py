@@ -34,7 +34,7 @@ from ..codegen.spec import KernelSpec, SpecError
 from ..runtime.errors import SaveError
 from .graph_json import graph_from_json, graph_to_json
 from .report import Report, json_safe
-from .saved_inputs import CallForm, Input, describe_inputs
+from .inputs import CallForm, Input
 
 if TYPE_CHECKING:
     from .compiled import CompiledModule
@@ -111,13 +111,13 @@ def _program_of(compiled: CompiledModule | LoadedModule) -> Program:
             + (f" because {why}" if why else ": give compile() example_inputs or example_kwargs")
         )
     program = compiled._program()
-    captured, signature = program.captured, program.signature
+    captured = program.captured
     return Program(
         program.record.lowered,
         captured.in_spec,
         captured.out_spec,
-        CallForm.of(signature.signature, program.names, signature.by_name),
-        describe_inputs(program.record.lowered, captured.in_spec),
+        program.call,
+        program.inputs,
         compiled.report,
         captured.dynamic,
         [
@@ -321,7 +321,7 @@ def read_program(path: str | os.PathLike[str], *, device: str | torch.device | N
             bool(meta["training"]),
             device is not None and any(_type(row["device"]) != _type(device) for row in meta["attributes"].values()),
         )
-        program.call.signature()
+        program.call.signature  # noqa: B018 - raises for rows that are no signature
     except SaveError as error:
         raise SaveError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError, SpecError) as error:
@@ -338,7 +338,7 @@ def _type(device: str | torch.device) -> str:
 
 
 def _input(row: Mapping[str, Any], device: str | torch.device | None) -> Input:
-    one = Input(**{**row, "shape": tuple(row["shape"])})
+    one = Input(**{**row, "shape": tuple(row["shape"]), "most": tuple(row.get("most", ()))})
     return dataclasses.replace(one, device=_type(device)) if device is not None and one.dtype else one
 
 
