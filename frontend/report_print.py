@@ -18,6 +18,7 @@ from rich.text import Text
 from .report import Report, SiteError, worst_error
 
 WIDTH = 100
+_SITE_WIDTH = 46  # what a site gets at most before a long reason may squeeze it
 _EXACTNESS_STYLE = {"exact": "green", "reassociated": "cyan", "approximate": "yellow"}
 
 
@@ -177,11 +178,12 @@ def _summary(report: Report) -> RenderableType:
 def _sites(one: Any) -> list[RenderableType]:
     if not (one.matched or one.declined or one.near_misses):
         return [Text(f"{one.name}: found no site it could be about", style="yellow")]
+    longest = max(len(_skeleton(row.site)) + 6 for row in (*one.matched, *one.declined, *one.near_misses))
     table = _table(
         (one.name, {"no_wrap": True}),
         ("n", {"justify": "right"}),
-        ("site", {"ratio": 5, "overflow": "fold"}),
-        ("what", {"ratio": 6}),
+        ("site", {"overflow": "fold", "min_width": min(longest, _SITE_WIDTH)}),
+        ("what", {}),
     )
     for group in group_sites(one.matched, lambda r: (r.source, r.kernel)):
         what = Text(format_error(worst_error(r.error for r in group.rows)))
@@ -257,7 +259,7 @@ def _kernels(report: Report) -> list[RenderableType]:
     fallen: dict[Any, list[Any]] = {}
     for kernel in report.kernels:
         if kernel.reason or not kernel.digest:
-            fallen.setdefault((kernel.op, same_reason(kernel.reason)), []).append(kernel)
+            fallen.setdefault(_without_op(kernel), []).append(kernel)
         else:
             used.setdefault((kernel.kind, kernel.target, kernel.digest), []).append(kernel)
     parts: list[RenderableType] = []
@@ -269,12 +271,21 @@ def _kernels(report: Report) -> list[RenderableType]:
             names = "; ".join(group.site for group in group_sites(members))
             table.add_row(members[0].name, target, str(len(members)), Text(names))
         parts.append(Padding(table, (1, 0, 1, 0)))
-    for (op, _), members in fallen.items():
-        text = Text(f"reference form runs {len(members)} x {op}")
-        if members[0].reason:
-            text.append(f": {members[0].reason}", style="dim")
+    for members in fallen.values():
+        counts: dict[str, int] = {}
+        for kernel in members:
+            counts[kernel.op] = counts.get(kernel.op, 0) + 1
+        reason = members[0].reason if len(counts) == 1 else members[0].reason.replace(members[0].op, "them")
+        text = Text("reference form runs " + ", ".join(f"{count} {op}" for op, count in counts.items()))
+        if reason:
+            text.append(f": {reason}", style="dim")
         parts.append(text)
     return parts
+
+
+def _without_op(kernel: Any) -> str:
+    """The reason with the op's name taken out, so that one line tells it for all ops."""
+    return same_reason(kernel.reason).replace(kernel.op, "*")
 
 
 def _raising(report: Report) -> list[RenderableType]:

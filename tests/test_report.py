@@ -139,7 +139,7 @@ def test_reasons_and_facts_are_printed() -> None:
         "graph break at a.py:3: print",
         "not torch.export: export refused",
         "perplexity 13.44 -> 15.2",
-        "reference form runs 4 x linear: no kernel for linear",
+        "reference form runs 4 linear: no kernel for linear",
         "a warning",
         "total 3.00",
     ):
