@@ -1,4 +1,4 @@
-"""Root mean square normalisation over the last dimension ("Root Mean Square Layer Normalization", Zhang and Sennrich 2019)."""
+"""Normalisation by the root mean square of the last dimension ("Root Mean Square Layer Normalization", Zhang 2019)."""
 
 from __future__ import annotations
 
