@@ -1,4 +1,4 @@
-"""Normalisation by the root mean square of the last dimension ("Root Mean Square Layer Normalization", Zhang 2019)."""
+"""RMS normalisation of the last dimension ("Root Mean Square Layer Normalization", Zhang and Sennrich 2019)."""
 
 from __future__ import annotations
 
