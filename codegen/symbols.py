@@ -322,7 +322,9 @@ def _print(e: sympy.Basic, outer: int, style: _Style, names: Mapping[str, str] |
     if e.is_Mul:
         factors = sorted(e.args, key=lambda f: (not f.is_Integer, _order(f)))
         if factors[0] == -1:
-            return wrap("-" + sub(sympy.Mul(*factors[1:]), _MUL), _ADD)
+            rest = sympy.Mul(*factors[1:])
+            # A sign binds tighter than // and %, and -(a // b) is not -a // b.
+            return wrap("-" + sub(rest, _MUL if rest.is_Mul else _ATOM), _ADD)
         return wrap(" * ".join(sub(factor, _ATOM) for factor in factors), _MUL)
     if e.is_Pow and e.exp.is_Integer and e.exp > 0:
         return wrap(" * ".join([sub(e.base, _ATOM)] * int(e.exp)), _MUL)

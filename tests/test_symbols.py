@@ -7,7 +7,7 @@ import itertools
 import pytest
 import sympy
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tilewright.codegen import bounds, symbols
@@ -77,6 +77,8 @@ masks = st.recursive(
 
 
 @given(masks, st.integers(1, 6), st.integers(1, 6))
+@example("(0 - q_idx) < (q_idx // 2)", 4, 1)
+@example("k_idx <= 0 - q_idx % 3 * (k_idx // 2)", 6, 6)
 @settings(max_examples=120)
 def test_every_printed_form_means_what_was_written(text, q_len, k_len):
     mask = parse_mask(text)
@@ -186,17 +188,15 @@ def test_bounds_of_the_common_masks():
     assert bounds.bounds("k_idx <= q_idx", symbols.Q).lower == (symbols.K,)
 
 
-# Conjunctions of what bounds can solve, what it cannot, and what it has to leave inexact.
-solvable = st.lists(
-    st.one_of(
-        st.tuples(
-            st.sampled_from(["k_idx", "q_idx", "2 * k_idx", "k_idx // 3"]), st.sampled_from(["<=", ">", "=="]), integers
-        ).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
-        comparisons,
-    ),
-    min_size=1,
-    max_size=3,
-).map(" & ".join)
+# Conjunctions of what bounds can solve (straight lines, rising and falling, and blocks) and of what it may not.
+lines = st.tuples(
+    st.sampled_from(["k_idx", "2 * k_idx", "-k_idx", "k_idx // 3"]),
+    st.sampled_from(["<=", ">", "=="]),
+    st.integers(-2, 2),
+    st.sampled_from(["q_idx", "q_idx // 2", "(q_idx % 3)"]),
+    st.integers(-4, 8),
+).map(lambda t: f"({t[0]} {t[1]} {t[2]} * {t[3]} + {t[4]})")
+solvable = st.lists(st.one_of(lines, lines, comparisons), min_size=1, max_size=3).map(" & ".join)
 
 
 @given(solvable, st.sampled_from([symbols.K, symbols.Q]), st.integers(2, 9), st.integers(2, 9), st.integers(1, 4))
