@@ -47,7 +47,7 @@ def make_spec(kind: str | None, values: list[str], given: str | None) -> KernelS
     _register()
     fields = _read(given) if given is not None else {}
     if kind is not None and "=" in kind:  # no kind before the values
-        kind, values = None, [kind, *values]
+        values, kind = [kind, *values], None
     if kind is not None:
         fields["kind"] = kind
     cls = SPECS.get(str(fields.get("kind")))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 
@@ -33,7 +34,7 @@ class Layout:
     height: float
 
 
-def layered(sizes: Mapping[int, tuple[float, float]], edges: Sequence[tuple[int, int]]) -> Layout:
+def layered(sizes: Mapping[Any, tuple[float, float]], edges: Sequence[tuple[int, int]]) -> Layout:
     """Place nodes of the given (width, height) so that every edge runs downwards. Raises for cycles."""
     dag: nx.DiGraph = nx.DiGraph()
     dag.add_nodes_from(sizes)
@@ -48,7 +49,7 @@ def layered(sizes: Mapping[int, tuple[float, float]], edges: Sequence[tuple[int,
     xs = _coordinates(layers, links, widths)
     left = min((xs[n] - widths[n] / 2 for n in widths), default=0.0)
     right = max((xs[n] + widths[n] / 2 for n in widths), default=0.0)
-    ys: dict[object, float] = {}
+    ys: dict[Any, float] = {}
     top = 0.0
     heights = []
     for layer in layers:
@@ -61,7 +62,7 @@ def layered(sizes: Mapping[int, tuple[float, float]], edges: Sequence[tuple[int,
     return Layout({n: place[n] for n in sizes}, routes, right - left, max(top - GAP_Y, 0.0))
 
 
-def _layers(dag: nx.DiGraph) -> tuple[list[list[object]], dict[tuple[int, int], list[object]]]:
+def _layers(dag: nx.DiGraph) -> tuple[list[list[Any]], dict[tuple[int, int], list[Any]]]:
     """Nodes by layer, with waypoints where an edge crosses layers, and each edge's chain of nodes."""
     depth: dict[int, int] = {}
     for node in nx.topological_sort(dag):
@@ -70,19 +71,19 @@ def _layers(dag: nx.DiGraph) -> tuple[list[list[object]], dict[tuple[int, int], 
     for node in reversed(list(nx.topological_sort(dag))):
         if dag.in_degree(node) == 0 and dag.out_degree(node):
             depth[node] = min(depth[s] for s in dag.successors(node)) - 1
-    layers: list[list[object]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
+    layers: list[list[Any]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
     for node in dag:
         layers[depth[node]].append(node)
-    chains: dict[tuple[int, int], list[object]] = {}
+    chains: dict[tuple[int, int], list[Any]] = {}
     for a, b in dag.edges:
-        points: list[object] = [("waypoint", a, b, level) for level in range(depth[a] + 1, depth[b])]
+        points: list[Any] = [("waypoint", a, b, level) for level in range(depth[a] + 1, depth[b])]
         for level, point in enumerate(points, depth[a] + 1):
             layers[level].append(point)
         chains[a, b] = [a, *points, b]
     return layers, chains
 
 
-def _order(layers: list[list[object]], links: nx.DiGraph) -> None:
+def _order(layers: list[list[Any]], links: nx.DiGraph) -> None:
     """Sort each layer by the mean place of its neighbours, downwards and upwards, keeping the best."""
     best, fewest = [list(layer) for layer in layers], _crossings(layers, links)
     for sweep in range(12):
@@ -102,17 +103,21 @@ def _order(layers: list[list[object]], links: nx.DiGraph) -> None:
     layers[:] = best
 
 
-def _crossings(layers: list[list[object]], links: nx.DiGraph) -> int:
+def _crossings(layers: list[list[Any]], links: nx.DiGraph) -> int:
     count = 0
     for upper, lower in zip(layers, layers[1:], strict=False):
         place = {node: index for index, node in enumerate(lower)}
-        ends = [place[s] for node in upper for s in sorted(place.keys() & set(links.successors(node)), key=place.get)]
+        ends = [
+            place[s]
+            for node in upper
+            for s in sorted(place.keys() & set(links.successors(node)), key=place.__getitem__)
+        ]
         count += sum(a > b for i, a in enumerate(ends) for b in ends[i + 1 :])
     return count
 
 
-def _coordinates(layers: list[list[object]], links: nx.DiGraph, widths: Mapping[object, float]) -> dict[object, float]:
-    xs: dict[object, float] = {}
+def _coordinates(layers: list[list[Any]], links: nx.DiGraph, widths: Mapping[Any, float]) -> dict[Any, float]:
+    xs: dict[Any, float] = {}
     for layer in layers:
         x = 0.0
         for node in layer:

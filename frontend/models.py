@@ -184,11 +184,11 @@ def _with_example(loaded: LoadedModel, length: int) -> LoadedModel:
     dynamic = torch.export.Dim.DYNAMIC
     both = {0: dynamic, 1: dynamic}
     if loaded.kind == "vision":
-        config = loaded.model.config
+        config: Any = loaded.model.config
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(2, getattr(config, "num_channels", 3), size, size, generator=generator)
-        loaded.kwargs = {"pixel_values": pixels.to(loaded.model.dtype)}
+        loaded.kwargs = {"pixel_values": pixels.to(next(loaded.model.parameters()).dtype)}
         loaded.dynamic_shapes = {"pixel_values": {0: dynamic}}
         return loaded
     if loaded.kind == "encoder":

@@ -22,7 +22,7 @@ from pygments.lexers import CppLexer, PythonLexer
 
 from .condense import Box, Segment, condense_pair, merged_name
 from .layout import layered
-from .report import Report, worst_error
+from .report import DeclinedSite, NearMissSite, Report, worst_error
 from .report_print import (
     format_error,
     group_sites,
@@ -206,7 +206,8 @@ class _Marks:
         for index, one in enumerate(report.passes):
             for row in one.matched:
                 marks.passes[row.site] = (index % _PASS_COLOURS, f"{one.name}: {format_error(row.error)}")
-            for left in (*one.declined, *one.near_misses):
+            others: list[DeclinedSite | NearMissSite] = [*one.declined, *one.near_misses]
+            for left in others:
                 marks.declined.setdefault(left.site, f"{one.name}: {left.reason}")
         return marks
 

@@ -36,7 +36,9 @@ def parse_passes(text: str, registry: Mapping[str, type[Pass]] | None = None) ->
     Raises :class:`UnknownPass` and :class:`BadPassOption` with the closest name there is and the valid options.
     """
     if registry is None:
-        from . import PASSES as registry
+        from . import PASSES
+
+        registry = PASSES
     return [_build(name, options, registry) for name, options in _split(text)]
 
 
