@@ -15,7 +15,7 @@ import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, Boolean, BooleanTrue
 
-from .symbols import K, Q, canonical, parse_mask
+from .symbols import K, Mod, Q, canonical, parse_mask
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def interval(
     if isinstance(expression, sympy.floor):
         inner = interval(expression.args[0], index, first, last)
         return None if inner is None else (sympy.floor(inner[0]), sympy.floor(inner[1]))
-    if isinstance(expression, sympy.Mod):
+    if isinstance(expression, Mod):
         return sympy.Integer(0), expression.args[1] - 1
     return None
 

@@ -40,6 +40,23 @@ SYMBOLS = {symbol.name: symbol for symbol in (K, Q, HEAD, BATCH, K_LEN, Q_LEN)}
 _PRIORITY = tuple(SYMBOLS.values())
 _PRINT_ORDER = {s: i for i, s in enumerate((Q, K, HEAD, BATCH, K_LEN, Q_LEN))}
 
+
+class Mod(sympy.Function):
+    """The remainder of rounding down by a positive literal. sympy's own takes 2 * (q % 3) for (2 * (q % 3)) % 3."""
+
+    nargs = 2
+
+    @classmethod
+    def eval(cls, value: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
+        return sympy.Integer(int(value) % int(divisor)) if value.is_Integer and divisor.is_Integer else None
+
+    def _eval_is_integer(self) -> bool:
+        return True
+
+    def _eval_is_nonnegative(self) -> bool:
+        return True
+
+
 MAX_TEXT = 4096
 MAX_DEPTH = 100
 MAX_LITERAL = 2**31 - 1
@@ -142,7 +159,7 @@ class _Parser:
             case ast.BinOp(op=ast.FloorDiv(), left=left, right=right):
                 return sympy.floor(self.integer(left, depth + 1) / self.divisor(right, depth))
             case ast.BinOp(op=ast.Mod(), left=left, right=right):
-                return sympy.Mod(self.integer(left, depth + 1), self.divisor(right, depth))
+                return Mod(self.integer(left, depth + 1), self.divisor(right, depth))
             case ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
                 raise self.fail(node, "& and | combine conditions: put each comparison in parentheses")
             case _:
@@ -302,7 +319,7 @@ def _print(e: sympy.Basic, outer: int, style: _Style, names: Mapping[str, str] |
         return wrap(str(int(e)), _ATOM if e >= 0 else _ADD)
     if e.is_Add:
         return wrap(_print_sum(e, sub), _ADD)
-    if isinstance(e, sympy.Mod):
+    if isinstance(e, Mod):
         value, divisor = e.args
         inner = sub(value, _MUL)
         if style.floors or value.is_nonnegative:
@@ -315,7 +332,7 @@ def _print(e: sympy.Basic, outer: int, style: _Style, names: Mapping[str, str] |
         if style.floors or value.is_nonnegative:
             return wrap(f"{sub(value, _ATOM)}{style.divide}{divisor}", _MUL)
         # Rounded towards zero after subtracting the non-negative remainder: exact, so rounded down.
-        remainder = sub(sympy.Mod(value, divisor, evaluate=False), _ATOM)
+        remainder = sub(Mod(value, divisor), _ATOM)
         return wrap(f"({sub(value, _ADD)} - {remainder}){style.divide}{divisor}", _MUL)
     if isinstance(e, sympy.Min | sympy.Max):
         raise SpecError(f"{e} cannot be printed: combine limits in the template")
@@ -371,7 +388,7 @@ def evaluate(mask: Boolean | str, values: Mapping[str, Any]) -> Any:
             return functools.reduce(_add if e.is_Add else _mul, (integer(term) for term in e.args))
         if e.is_Pow:
             return functools.reduce(_mul, [integer(e.base)] * int(e.exp))
-        if isinstance(e, sympy.Mod):
+        if isinstance(e, Mod):
             return integer(e.args[0]) % int(e.args[1])
         if isinstance(e, sympy.floor):
             value, divisor = sympy.fraction(sympy.together(e.args[0]))

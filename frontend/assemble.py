@@ -88,7 +88,7 @@ def model_error(record: GraphRecord, named: dict[str, Any], out_spec: Any) -> Mo
     """
     if record.error is None:
         return None
-    error = ModelError(**record.error)
+    error = ModelError.of(record.error)
     after = pytree.tree_unflatten(pytree.tree_leaves(record.outputs_after), out_spec)
     before = pytree.tree_unflatten(pytree.tree_leaves(record.outputs_before), out_spec)
     tokens, logits_after, logits_before = named.get("input_ids"), _logits(after), _logits(before)

@@ -80,7 +80,7 @@ def _rest(lowered: torch.fx.GraphModule, example_inputs: Sequence[Any], options:
         return lowered.forward
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(lowered, list(example_inputs))
+    return compile_fx(lowered, list(example_inputs))  # type: ignore[return-value]
 
 
 def tilewright_backend(

@@ -27,6 +27,7 @@ import torch.utils._pytree as pytree
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..runtime.errors import BadExampleInputs, CaptureError
+from .raising.rules import PARAMETER
 
 
 @dataclass
@@ -166,7 +167,11 @@ def retrace(module: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.Grap
 
     # Dynamo has prepared a second fake mode for the backend; the placeholders live in the first.
     with torch._guards.tracing(None), mode or contextlib.nullcontext(), torch.fx.traceback.preserve_node_meta():
-        return make_fx(run, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        traced = make_fx(run, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    for node, fake in zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        if isinstance(fake, torch.nn.Parameter):  # which make_fx forgets, and a rule for linears asks
+            node.meta[PARAMETER] = True
+    return traced
 
 
 def placeholder_values(module: torch.fx.GraphModule) -> list[Any]:

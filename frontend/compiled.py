@@ -64,7 +64,7 @@ class CompiledModule(torch.nn.Module):
         model = self._orig_mod
         # generate() looks helpers up on type(self), so it needs an object of the model's class: one that shares
         # everything with the model but its forward.
-        shell = object.__new__(type(model))
+        shell: Any = object.__new__(type(model))
         shell.__dict__.update(model.__dict__)
         shell.__dict__["forward"] = self.forward
         return shell.generate(*args, **kwargs)
@@ -172,7 +172,7 @@ class CompiledModule(torch.nn.Module):
             first = next(iter(self._exported.values()))
             error, seconds = first.model_error, first.seconds
         elif measured := [record.error for record in self.records if record.error is not None]:
-            error = ModelError(**max(measured, key=lambda e: e["rel_l2"]))
+            error = ModelError.of(max(measured, key=lambda e: e["rel_l2"]))
         return assemble.assemble(
             type(self._orig_mod).__name__, self.options, self.records, capture, error, seconds=seconds
         )

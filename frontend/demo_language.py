@@ -166,7 +166,13 @@ def check_doors(
     )
 
     records: list[GraphRecord] = []
-    options = {"passes": passes, "target": target, "rest": "eager", "validate": False, "on_graph": records.append}
+    options: dict[str, Any] = {
+        "passes": passes,
+        "target": target,
+        "rest": "eager",
+        "validate": False,
+        "on_graph": records.append,
+    }
     torch._dynamo.reset()
     # generate() calls the model's own forward, so that is what torch.compile has to replace.
     loaded.model.forward = torch.compile(loaded.model.forward, backend="tilewright", options=options)  # type: ignore[method-assign]

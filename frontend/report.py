@@ -94,6 +94,11 @@ class ModelError(SiteError):
     tokens_worse: float | None = None
     outputs: dict[str, SiteError] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, measured: Mapping[str, float]) -> ModelError:
+        """From ``max_abs``, ``rel_l2`` and ``sqnr_db``."""
+        return cls(measured["max_abs"], measured["rel_l2"], measured["sqnr_db"])
+
 
 @dataclass
 class MatchedSite:

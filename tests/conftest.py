@@ -62,3 +62,11 @@ def fresh_cache(tmp_path):
     with settings.override(cache_dir=tmp_path / "cache"):
         yield tmp_path / "cache"
     load.forget()
+
+
+@pytest.fixture(autouse=True)
+def fresh_announcements():
+    """What is announced once per process is announced once per test."""
+    from tilewright.runtime import announce
+
+    announce.forget()

@@ -11,11 +11,7 @@ from tilewright.frontend.backend import last_record
 from tilewright.runtime import errors
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("rest", ["eager", "inductor"])
@@ -105,3 +101,21 @@ def test_errors_of_ours_keep_their_sentence() -> None:
     compiled = tw.compile(Mlp().eval(), [tw.passes.TwoPassSoftmax()], strict=True, rest="eager")
     with pytest.raises(errors.PassChangedNothing, match="changed nothing"):
         compiled(torch.randn(2, 8))
+
+
+class ByHand(torch.nn.Module):
+    """A projection written as a product with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + x @ y
+
+
+def test_parameters_are_known_behind_dynamo() -> None:
+    compiled = tw.compile(ByHand(), rest="eager")
+    x, y = torch.randn(3, 8), torch.randn(8, 4)
+    torch.testing.assert_close(compiled(x, y), compiled.original_model(x, y))
+    assert [site.op for site in compiled.records[0].sites] == ["linear"], "y is an input, not a weight"

@@ -78,6 +78,7 @@ masks = st.recursive(
 
 @given(masks, st.integers(1, 6), st.integers(1, 6))
 @example("(0 - q_idx) < (q_idx // 2)", 4, 1)
+@example("q_idx < (q_idx % 3) * 2 % 3", 3, 1)
 @example("k_idx <= 0 - q_idx % 3 * (k_idx // 2)", 6, 6)
 @settings(max_examples=120)
 def test_every_printed_form_means_what_was_written(text, q_len, k_len):
