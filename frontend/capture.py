@@ -219,14 +219,17 @@ def flatten_regions(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 def _inline(module: torch.fx.GraphModule, graph: torch.fx.Graph, mapping: dict[torch.fx.Node, Any]) -> Any:
     """Copy ``module``'s nodes to the end of ``graph``; placeholders already in ``mapping`` are taken from there."""
     wrappers = torch.ops.higher_order
-    lookup = lambda arg: torch.fx.node.map_arg(arg, mapping.__getitem__)
+
+    def lookup(argument: Any) -> Any:
+        return torch.fx.node.map_arg(argument, mapping.__getitem__)
+
     for node in module.graph.nodes:
         if node in mapping:
             continue
         if node.op == "call_function" and node.target is wrappers.wrap_with_set_grad_enabled:
             enabled, region, *inputs = node.args
             if enabled:
-                raise CaptureError(f"the model enables gradients inside no_grad at {node.name}, which export cannot keep")
+                raise CaptureError(f"{node.name} enables gradients inside no_grad, which an exported graph cannot keep")
             outputs = _inline_region(module, region, lookup(inputs), graph)
             mapping[node] = [_detach(graph, output) for output in outputs]
         elif node.op == "call_function" and node.target is wrappers.wrap_with_autocast:
@@ -235,7 +238,7 @@ def _inline(module: torch.fx.GraphModule, graph: torch.fx.Graph, mapping: dict[t
             entered = graph.call_function(amp._enter_autocast, (device, dtype, enabled, cached))
             mapping[node] = _inline_region(module, region, lookup(inputs), graph)
             graph.call_function(amp._exit_autocast, (entered,))
-        elif node.op == "call_function" and node.target is operator.getitem and isinstance(mapping.get(node.args[0]), list):
+        elif node.target is operator.getitem and isinstance(mapping.get(node.args[0]), list):
             mapping[node] = mapping[node.args[0]][node.args[1]]
         elif node.op == "output":
             return lookup(node.args[0])
@@ -244,7 +247,9 @@ def _inline(module: torch.fx.GraphModule, graph: torch.fx.Graph, mapping: dict[t
     raise CaptureError("the graph has no output")
 
 
-def _inline_region(module: torch.fx.GraphModule, region: Any, inputs: Sequence[Any], graph: torch.fx.Graph) -> list[Any]:
+def _inline_region(
+    module: torch.fx.GraphModule, region: Any, inputs: Sequence[Any], graph: torch.fx.Graph
+) -> list[Any]:
     body = getattr(module, region.target)
     placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
     outputs = _inline(body, graph, dict(zip(placeholders, inputs, strict=True)))

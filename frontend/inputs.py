@@ -27,7 +27,7 @@ _SCALARS = (type(None), bool, int, float, str)
 class Input:
     """One flat input.
 
-    path: where it stands in the call, such as ``input_ids`` or ``x[0]``. dtype: torch's name without ``torch.``; empty for a
+    path: where it stands in the call, such as ``input_ids``. dtype: torch's name without ``torch.``; empty for a
     constant. shape: ints that must be met, and names of sizes that may vary (the same name is the same size); ``""``
     for a size that is computed from others. most: an upper bound for every size, None where there is none.
     device: its type. constant: the value that is not a tensor.

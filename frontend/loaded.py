@@ -15,9 +15,9 @@ from ..passes.site import Site
 from ..runtime import announce
 from ..runtime import load as kernels_of
 from ..runtime.errors import BadArgument, BuildError, MissingCompiler, MissingDependency, UnsupportedKernel
+from .inputs import check_inputs
 from .lower import KernelUse, set_target
 from .report import Report
-from .inputs import check_inputs
 
 if TYPE_CHECKING:
     from .save import Program

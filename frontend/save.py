@@ -33,8 +33,8 @@ from safetensors import SafetensorError
 from ..codegen.spec import KernelSpec, SpecError
 from ..runtime.errors import SaveError
 from .graph_json import graph_from_json, graph_to_json
-from .report import Report, json_safe
 from .inputs import CallForm, Input
+from .report import Report, json_safe
 
 if TYPE_CHECKING:
     from .compiled import CompiledModule

@@ -17,7 +17,6 @@ from ..runtime.errors import (
     BadPassOption,
     CalibrationNeeded,
     IllegalPassCombination,
-    TilewrightError,
     ValidationError,
 )
 from ..runtime.ops import Tolerance
@@ -90,7 +89,8 @@ def sort_passes(passes: Iterable[Pass]) -> list[Pass]:
                 order.add_edge(other, index)
         if missing := one.requires - set().union(*provided[:index], *provided[index + 1 :]):
             need = ", ".join(sorted(missing))
-            raise IllegalPassCombination(_refusal(one, missing, f"{one.name} needs {need}: add a pass that provides it"))
+            sentence = f"{one.name} needs {need}: add a pass that provides it"
+            raise IllegalPassCombination(_refusal(one, missing, sentence))
     try:
         return [passes[index] for index in nx.lexicographical_topological_sort(order)]
     except nx.NetworkXUnfeasible:
@@ -161,7 +161,8 @@ def run_pass(
             if not node.users:
                 view.erase(node)
         else:
-            raise BadPass(f"{one.name}.rewrite returned {outcome!r}: return a Rewrite, Decline or NearMiss", site=site.id)
+            want = "return a Rewrite, Decline or NearMiss"
+            raise BadPass(f"{one.name}.rewrite returned {outcome!r}: {want}", site=site.id)
     for rewrite, result in pending:
         rewrite.after, rewrite.inputs = extract(module, result, inserted)
         done.rewrites.append(rewrite)
@@ -302,5 +303,3 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     items = result if isinstance(result, tuple | list) else [result]
     return [item for item in items if isinstance(item, torch.Tensor)]
 
-
-__all__ = ["PassRun", "SiteRewrite", "TilewrightError", "check_needs", "contribution", "run_pass", "sort_passes", "validate"]

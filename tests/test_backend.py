@@ -10,7 +10,6 @@ import tilewright as tw
 from tilewright.frontend.backend import last_record
 from tilewright.runtime import errors
 
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 

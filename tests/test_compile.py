@@ -36,7 +36,8 @@ def test_outputs_type_and_lengths(attn: str) -> None:
 def test_batch_of_one_stays_dynamic() -> None:
     model = bert()
     ids = tokens(1, 9)
-    compiled = tw.compile(model, example_inputs=(ids,), example_kwargs={"attention_mask": torch.ones_like(ids)}, rest="eager")
+    mask = torch.ones_like(ids)
+    compiled = tw.compile(model, example_inputs=(ids,), example_kwargs={"attention_mask": mask}, rest="eager")
     ids = tokens(4, 13)
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
