@@ -192,6 +192,8 @@ def canonical(mask: Boolean) -> Boolean:
     ``k_idx < k_len`` and ``q_idx < q_len`` are facts and vanish.
     """
     mask = to_nnf(sympy.sympify(mask), simplify=False)
+    if mask.has(sympy.Mod):
+        mask = mask.replace(sympy.Mod, Mod)
     if isinstance(mask, BooleanTrue | BooleanFalse):
         return mask
     if isinstance(mask, And | Or):

@@ -162,6 +162,13 @@ def test_errors_name_the_column(text, column, says):
     assert column is None or caught.value.column == column
 
 
+def test_expressions_built_elsewhere_are_printed():
+    mask = sympy.Eq(sympy.Mod(symbols.Q - symbols.K, 4), 0) & ~(symbols.K > symbols.Q)
+    assert mask_text(mask) == "((q_idx - k_idx) % 4 == 0) & (k_idx <= q_idx)"
+    with pytest.raises(SpecError, match="cannot be printed"):
+        mask_text(symbols.K <= symbols.Q / 2)
+
+
 def test_text_length_is_limited():
     with pytest.raises(MaskError, match="characters"):
         parse_mask("k_idx < 1 " + " " * symbols.MAX_TEXT)
