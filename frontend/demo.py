@@ -270,16 +270,23 @@ def show(console: Console, study: sentences.SentenceStudy, spoken: language.Lang
     table = Table(title=title, title_justify="left", show_lines=True)
     for heading in ("pass", "sites", "worst site error", "perplexity", "continuation"):
         table.add_column(heading, justify="left" if heading in ("pass", "continuation") else "right")
-    table.add_row("before", "", "", readable(spoken.perplexity), spoken.continuation)
+    table.add_row("before", "", "", readable(spoken.perplexity), one_line(spoken.continuation))
     for result in spoken.results:
         row = _row(result.label, result.compiled, spoken.name, {}, Path())
-        table.add_row(result.label, str(row["matched"]), row["worst"], readable(result.perplexity), result.continuation)
+        table.add_row(
+            result.label, str(row["matched"]), row["worst"], readable(result.perplexity), one_line(result.continuation)
+        )
     console.print(table)
     for door in spoken.doors:
         console.print(f"{door.door}, {door.how}: {door.equal} of {door.steps} tokens equal the eager model's.")
     console.print()
     console.print(spoken.results[-1].compiled.report)
     console.print(verdict(spoken), highlight=False)
+
+
+def one_line(text: str) -> str:
+    """Text that a model made, for a table's cell: white space collapsed."""
+    return " ".join(text.split())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
