@@ -177,11 +177,11 @@ class CompiledModule(torch.nn.Module):
             type(self._orig_mod).__name__, self.options, self.records, capture, error, seconds=seconds
         )
 
-    def dump(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+    def dump(self, folder: str | Path, *, overwrite: bool = False, backward: bool | None = None) -> Path:
         """Write graphs, kernels, report and standalone checks to ``folder``; see :mod:`tilewright.frontend.dump`."""
         from .dump import dump
 
-        return dump(self, folder, overwrite=overwrite)
+        return dump(self, folder, overwrite=overwrite, backward=backward)
 
     def bisect(self, *args: Any, **kwargs: Any) -> list[Contribution]:
         """Which pass and site add the most error on these inputs: one entry a rewritten site, the worst first.
