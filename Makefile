@@ -34,7 +34,7 @@ $(STAMP): $(PINS)
 	@touch $@
 
 demo: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tilewright.frontend.demo --output $(OUTPUT)
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -m tilewright.frontend.demo --output $(OUTPUT)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

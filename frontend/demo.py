@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import platform
 import sys
 import time
@@ -305,7 +304,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("transformers") is None:
         print("The demo needs transformers: pip install 'tilewright[hf]'", file=sys.stderr)
         return 1
-    os.environ.setdefault("TQDM_DISABLE", "1")  # weight-loading bars would break the demo's own
     try:
         results = run_demo(
             options.output,
