@@ -169,6 +169,9 @@ class _Planner:
         for condition, c in left:
             if condition != sympy.true:
                 self._check_layout(c.source)
+        written = any(change.kind != "visible" for change in changes)
+        if written and data and not bias:
+            self.notes.append("a query that sees no key gets zeros, as in SDPA, where a plain softmax gives NaN")
         if text:
             self.notes.append(f"positions proven: {text}")
         return MaskPlan(text, self._build(bias, data), self.notes)
