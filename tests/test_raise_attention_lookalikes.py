@@ -136,6 +136,7 @@ LOOKALIKES = {
         lambda q, k, v: torch.einsum("bhqk,bhqd->bhqd", softmax(q @ k.mT * 0.25, -1), v),
         "cannot read|does not sum over the keys",
     ),
+    "scores rounded": (lambda q, k, v: softmax((q @ k.mT).bfloat16().float(), -1) @ v, "rounded to torch.bfloat16"),
     "values change in between": (changed_in_place_between, "in place"),
     "scores change through a view": (changed_view_in_place, "in place|used elsewhere"),
 }

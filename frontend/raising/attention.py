@@ -118,19 +118,27 @@ class AttentionRule:
             raise down
         if down.decline is not None:
             return Decline(down.decline)
+        for inner in (*up.covered, node, *down.covered):
+            if value(inner).dtype.itemsize < value(down.product.node).dtype.itemsize:
+                raise Stopped(inner, f"scores or weights are rounded to {value(inner).dtype} on the way")
         first, second = up.product, down.product
         rank = value(first.node).dim()
         if len(first.out) != rank or first.out[-1] in first.left:
             first = first.swapped()
         key_label, query_label = first.out[-1], first.out[-2]
         batch = first.out[:-2]
-        inner = [label for label in first.left if label not in first.out]
-        if key_label in first.left or query_label in first.right or key_label not in first.right or len(inner) != 1:
+        summed_over = [label for label in first.left if label not in first.out]
+        if (
+            key_label in first.left
+            or query_label in first.right
+            or key_label not in first.right
+            or len(summed_over) != 1
+        ):
             raise Stopped(first.node, "the softmax does not run over the keys of this product")
         weights = value(second.left_node if down.side == 0 else second.right_node).shape
         layout = Layout(*up.shapes, weights, grouped=len(batch) == 3 and _broadcasts(first, batch[2]))
-        q = Operand(first.left_node, first.dims(first.left, [*batch, query_label, *inner]), layout, first.node)
-        k = Operand(first.right_node, first.dims(first.right, [*batch, key_label, *inner]), layout, first.node)
+        q = Operand(first.left_node, first.dims(first.left, [*batch, query_label, *summed_over]), layout, first.node)
+        k = Operand(first.right_node, first.dims(first.right, [*batch, key_label, *summed_over]), layout, first.node)
 
         # The weights come in as (batch..., query, key); the values bring the keys back.
         if down.side != 0:
