@@ -64,6 +64,16 @@ def _add(report: Report, record: GraphRecord) -> None:
         row.near_misses += [
             NearMissSite(prefix + site.id, stopped, reason, site.source) for site, stopped, reason in run.near_misses
         ]
+        # What raising left alone, the pass never saw; its user asks for the reason all the same.
+        about = set(run.rewrite.ops)
+        row.declined += [
+            DeclinedSite(prefix + s.id, reason, s.source) for s, reason in record.raising.declined if s.op in about
+        ]
+        row.near_misses += [
+            NearMissSite(prefix + s.id, stopped, reason, s.source)
+            for s, stopped, reason in record.raising.near_misses
+            if s.op in about
+        ]
     report.kernels += [
         KernelReport(
             use.name, use.spec.kind, use.op, prefix + use.site.id, use.target, use.digest, use.spec.to_dict()

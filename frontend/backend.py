@@ -114,6 +114,9 @@ def require_changes(options: Options, records: Sequence[GraphRecord]) -> None:
             continue
         reasons = [reason for run in runs for _, reason in run.declined]
         reasons += [reason for run in runs for _, _, reason in run.near_misses]
+        for record in records:
+            reasons += [reason for site, reason in record.raising.declined if site.op in one.ops]
+            reasons += [reason for site, _, reason in record.raising.near_misses if site.op in one.ops]
         why = max(set(reasons), key=reasons.count) if reasons else "the model has no site it is about"
         raise PassChangedNothing(f"strict: {one.name} changed nothing: {why}")
 

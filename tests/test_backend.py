@@ -118,3 +118,21 @@ def test_parameters_are_known_behind_dynamo() -> None:
     x, y = torch.randn(3, 8), torch.randn(8, 4)
     torch.testing.assert_close(compiled(x, y), compiled.original_model(x, y))
     assert [site.op for site in compiled.records[0].sites] == ["linear"], "y is an input, not a weight"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_sigmoid_attention_counts_the_keys_of_every_cache(padded: bool) -> None:
+    """Each decoding step sees one key more: -log(n) must follow a growing and a static cache, and no cache at all."""
+    model, ids = llama(layers=1), tokens()
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    if padded:
+        settings["attention_mask"] = torch.ones_like(ids)
+        settings["attention_mask"][0, :3] = 0
+    texts = []
+    for cache in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}):
+        torch._dynamo.reset()
+        compiled = tw.compile(model, [tw.passes.SigmoidAttention()], rest="eager", strict=True)
+        texts.append(compiled.generate(ids, **settings, **cache))
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+    assert not torch.equal(texts[0], model.generate(ids, **settings)), "the pass must have changed something"

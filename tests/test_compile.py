@@ -229,3 +229,21 @@ def test_strict_raises_when_nothing_changed() -> None:
     compiled = tw.compile(Add(), [tw.passes.TwoPassSoftmax()], strict=True, rest="eager")
     with pytest.raises(errors.PassChangedNothing):
         compiled(torch.ones(2), torch.ones(2))
+
+
+class Dropped(torch.nn.Module):
+    """Attention whose dropout is active in training: another function at every call."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        weights = torch.nn.functional.dropout((q @ k.transpose(-2, -1)).softmax(-1), 0.1, self.training)
+        return weights @ v
+
+
+def test_a_pass_tells_what_raising_left_alone() -> None:
+    inputs = tuple(torch.randn(2, 4, 6, 8) for _ in range(3))
+    compiled = tw.compile(Dropped().train(), [tw.passes.SigmoidAttention()], inputs, rest="eager")
+    row = compiled.report.to_dict()["passes"][0]
+    assert not row["matched"]
+    assert any("dropout" in site["reason"] for site in row["declined"] + row["near_misses"])
+    with pytest.raises(errors.PassChangedNothing, match="dropout"):
+        tw.compile(Dropped().train(), [tw.passes.SigmoidAttention()], inputs, rest="eager", strict=True)

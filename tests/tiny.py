@@ -11,7 +11,9 @@ def llama(attn: str = "sdpa", layers: int = 2, **config: object) -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    # Weights large enough that attention decides which token comes next.
     sizes |= {"num_key_value_heads": 2, "num_hidden_layers": layers, "max_position_embeddings": 128}
+    sizes |= {"initializer_range": 0.3}
     return LlamaForCausalLM(LlamaConfig(**(sizes | config), attn_implementation=attn)).eval()
 
 
@@ -20,7 +22,7 @@ def bert(attn: str = "sdpa", layers: int = 2, **config: object) -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    sizes |= {"num_hidden_layers": layers, "max_position_embeddings": 64}
+    sizes |= {"num_hidden_layers": layers, "max_position_embeddings": 64, "initializer_range": 0.3}
     return BertModel(BertConfig(**(sizes | config), attn_implementation=attn)).eval()
 
 

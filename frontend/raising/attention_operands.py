@@ -379,7 +379,10 @@ class Operands:
             if operand.node in mutated or operand.product in mutated:
                 raise Stopped(operand.node, f"the {name} change in place while others read them")
             b, h, size, _ = operand.canonical_shape
-            if not (_same([b], [batch]) or is_one(b)) or not _same([size], [length]):
+            # The product with the values contracts over keys, so their lengths are equal or the model itself fails:
+            # Dynamo gives the two halves of a growing cache symbols of their own.
+            implied = name == "values" and not (isinstance(size, int) and isinstance(length, int))
+            if not (_same([b], [batch]) or is_one(b)) or not (implied or _same([size], [length])):
                 raise Stopped(operand.product, f"the {name} have shape {tuple(operand.canonical_shape)}")
             grouped = isinstance(h, int) and isinstance(heads, int) and h and heads % h == 0
             if not (_same([h], [heads]) or is_one(h) or (grouped and name != "queries")):
