@@ -69,7 +69,7 @@ class _Raiser:
         self.view = GraphView(module)
         self.facts = Facts(self.view)
         self.taken: set[str] = set()
-        self.gone: set[Node] = set()
+        self.gone: dict[Node, str] = {}  # node -> the op that took it
         self.raised: list[tuple[Node, Site]] = []
         self.declined: list[tuple[Node, str, str]] = []
         self.missed: list[tuple[Node, str, NearMiss]] = []
@@ -128,22 +128,29 @@ class _Raiser:
             node.meta[DETAILS] = dict(raised.details)
         self.raised.append((node, site))
         self.view.replace(root, result)
-        self._erase({*raised.covered, root})
+        self._erase({*raised.covered, root}, raised.op)
         return None
 
-    def _erase(self, covered: set[Node]) -> None:
+    def _erase(self, covered: set[Node], op: str) -> None:
         """Erase what nothing uses any more, users first. Nodes that others share stay."""
         for node in sorted(covered, reverse=True):
             for user in list(node.users):
                 if is_assertion(user):
-                    self._drop(user)
+                    self._drop(user, op)
             if not node.users:
-                self._drop(node)
+                self._drop(node, op)
 
-    def _drop(self, node: Node) -> None:
+    def _drop(self, node: Node, op: str) -> None:
         if node not in self.gone:
-            self.gone.add(node)
+            self.gone[node] = op
             self.view.erase(node)
+
+    def _settled(self, node: Node, op: str) -> bool:
+        """Whether a rule's complaint about ``node`` has become noise: another anchor or rule took the node after all.
+
+        The softmax inside an attention that was left alone does not settle the attention.
+        """
+        return node in self.gone and not (op == "attention" and self.gone[node] == "softmax")
 
     def _sweep(self) -> None:
         """Remove what computes nothing any more, and the assertions about it, which would keep it alive."""
@@ -161,14 +168,13 @@ class _Raiser:
         result.details = {site.id: node.meta[DETAILS] for node, site in raised if DETAILS in node.meta}
         seen: set[Any] = set()
         for node, op, reason in self.declined:
-            if node not in self.gone and (node, op) not in seen:
+            if not self._settled(node, op) and (node, op) not in seen:
                 seen.add((node, op))
                 result.declined.append((name_site(node, op, self.taken), reason))
         for node, op, miss in self.missed:
             stop = miss.stopped_at if miss.stopped_at is not None else node
-            # Another anchor or another rule took the node after all, or two anchors stopped at one node.
-            if node in self.gone or stop in self.gone or (stop, op) in seen:
-                continue
+            if self._settled(node, op) or self._settled(stop, op) or (stop, op) in seen:
+                continue  # two anchors may stop at one node
             seen.add((stop, op))
             where = ", ".join(part for part in (f"{stop.name} = {stop.target}", source_line(stop)) if part)
             result.near_misses.append((name_site(node, op, self.taken), where, miss.reason))
