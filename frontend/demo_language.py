@@ -20,13 +20,16 @@ PROMPT = "The quick brown fox jumps over the lazy dog. Once upon a time, there w
 EVALUATED_BLOCKS = 8
 """Blocks 0 to 7 are evaluated; calibration takes the blocks after them."""
 
+ROUNDING = 1e-3
+"""Nats: a loss that grows by less is not called worse. float32 rounding moves single losses by about 1e-5."""
+
 
 @dataclass
 class LanguageResult:
     """What one pass did to the language model.
 
     losses: next-token losses in nats, float32, of all evaluated tokens. continuation: greedy, as text.
-    tokens_worse: share of tokens whose loss grew, 0 to 1.
+    tokens_worse: share of tokens whose loss grew by more than :data:`ROUNDING`, 0 to 1.
     """
 
     label: str

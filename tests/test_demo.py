@@ -89,6 +89,7 @@ def test_pictures_and_page(tmp_path: Path) -> None:
         language_rows=[demo._language_row(r, spoken, dumps, tmp_path) for r in spoken.results],
         verdict=demo.verdict(spoken),
         quick=True,
+        interpreted=True,
         seconds=3,
         torch_version="2",
         python_version="3",
@@ -123,6 +124,7 @@ def test_the_demo_on_two_real_models(tmp_path: Path) -> None:
     # float32 rounding moves a mean loss over 1,023 tokens by less than 1e-4.
     assert same["perplexity"] == pytest.approx(spoken["perplexity_before"], rel=1e-4)
     assert len(same["report"]["passes"][0]["matched"]) == 30
+    assert same["tokens_worse"] == 0
     assert negative_log["perplexity"] > 10 * spoken["perplexity_before"]
     assert calibrated["perplexity"] < negative_log["perplexity"]
     assert same["continuation"] == spoken["continuation_before"]
