@@ -350,6 +350,39 @@ def test_a_bias_from_outside_may_hide_keys():
     assert_close(raised.after, raised.before, torch.float32)
 
 
+@pytest.mark.parametrize("first", ["-inf", "finite", "outside"])
+def test_a_fill_beside_another_that_hides_is_refused(first):
+    """Scores replaced by -1e9 win against -inf below them and tie with -1e9 added: no single bias says so."""
+
+    def function(q, k, v, mask, bias):
+        hidden = mask[:, None, None, :] == 0
+        scores = q @ k.mT * 0.25
+        if first == "-inf":
+            scores = scores.masked_fill(hidden, -math.inf)
+        elif first == "finite":
+            scores = scores + hidden * -1e9
+        else:
+            scores = scores + bias
+        return softmax(scores.masked_fill(compared(), -1e9), -1) @ v
+
+    args = (*qkv(queries=L), padding(left=True), torch.randn(L, L) * 1e9)
+    raised = raise_function(function, *args)
+    assert raised.calls == [] and len(raised.result.near_misses) == 1
+    assert "which may show" in raised.result.near_misses[0][2]
+    torch.testing.assert_close(raised.after, raised.before, rtol=0, atol=0)
+
+
+def test_two_fills_by_the_same_number():
+    def function(q, k, v, mask):
+        scores = (q @ k.mT * 0.25).masked_fill(mask[:, None, None, :] == 0, -1e9)
+        return softmax(scores.masked_fill(~compared(), -1e9), -1) @ v
+
+    for left in (False, True):
+        raised = raise_function(function, *qkv(queries=L), padding(left))
+        assert raised.argument("mask") == ""
+        assert_close(raised.after, raised.before, torch.float32)
+
+
 def test_a_small_penalty_is_a_bias():
     def function(q, k, v):
         return softmax(q @ k.mT * 0.25 + torch.where(compared(), 0.0, -5.0), -1) @ v

@@ -153,9 +153,9 @@ class _Planner:
         self.notes: list[str] = []
 
     def plan(self, changes: Sequence[Change]) -> MaskPlan:
-        self.last = changes[-1] if changes else None
         # First what each change is, then what can be proven about all of them together.
         steps: list[tuple[Change, list[Any]]] = [(change, self._terms(change)) for change in changes]
+        self.steps = steps
         tensors = [term for _, terms in steps for term in terms if isinstance(term, Opaque | _Constant)]
         proven = bool(self.soft) and self._every_row_sees(tensors)
         bias: list[Callable[[Emitter, Node | None], Node]] = []
@@ -373,11 +373,31 @@ class _Planner:
                 change.node,
                 f"a row that sees no key attends to all keys alike, which no bias in {self.geometry.dtype} does",
             )
-        if change is not self.last:
-            raise NotAMask(change.node, f"scores replaced by {change.fill:g} are changed again before the softmax")
+        if (reason := self._not_alone(change)) is not None:
+            raise NotAMask(change.node, f"scores are replaced by {change.fill:g}, which may show: {reason}")
         self._check_layout(condition.source)
         self.notes.append(f"scores replaced by {change.fill:g} are kept as a bias at the dtype's minimum")
         return functools.partial(self._fill, condition)
+
+    def _not_alone(self, fill: Change) -> str | None:
+        """Why a row that sees no key may tell this fill from what else hides keys; None when it cannot.
+
+        Only fills by the same number may hide keys too, and nothing but ``-inf`` may come after them.
+        """
+        seen = False
+        for change, terms in self.steps:
+            seen = seen or change is fill
+            if change.kind == "fill" and change.fill == fill.fill:
+                continue
+            if seen and not (change.kind == "fill" and change.fill == -math.inf):
+                return "the scores are changed again before the softmax"
+            for term in terms:
+                finite = term.finite if isinstance(term, _Constant) else False
+                if isinstance(term, Opaque):
+                    finite = is_learned(term.node)
+                if not seen and not finite:
+                    return f"{change.node.name} may hide keys as well"
+        return None
 
     def _check_layout(self, source: Opaque) -> None:
         if layout(source.index, self.geometry) is None:
@@ -422,6 +442,8 @@ class _Planner:
         shown = emit.condition(condition.all, condition.fallback)
         if bias is None:
             bias = emit.call(aten.full.default, [], 0.0, dtype=dtype, device=self.geometry.device)
+        elif (wide := torch.promote_types(value(bias).dtype, dtype)) != value(bias).dtype:
+            bias = emit.call(aten.to.dtype, bias, wide)  # a narrower bias could not hold the minimum
         return emit.call(aten.where.ScalarOther, shown, bias, torch.finfo(dtype).min)
 
     def _build(
@@ -467,14 +489,10 @@ class _Added:
     cases: Cases
 
 
-def readable(reason: str) -> str:
-    """A note without the interpreter's own names."""
-    return re.sub(r"\bread_", "", reason)
-
-
 def with_notes(plan: MaskPlan) -> dict[str, Any]:
-    """The plan as facts for the report."""
-    return {"mask": plan.text, "notes": [readable(n) for n in dict.fromkeys(plan.notes)]} if plan.notes else {}
+    """The plan as facts for the report, without the interpreter's own names."""
+    notes = [re.sub(r"\bread_", "", note) for note in dict.fromkeys(plan.notes)]
+    return {"mask": plan.text, "notes": notes} if notes else {}
 
 
 __all__ = ["AXES", "Change", "Emitter", "Geometry", "MaskPlan", "Masks", "NotAMask", "with_notes"]
