@@ -129,7 +129,7 @@ SPELLINGS = {
     "scaled transposed keys": (lambda q, k, v: softmax(q @ (k.mT * 0.25), -1) @ v, 0.25),
     "both sides": (both_sides, 0.25),
     "constant tensor": (constant_scale, 0.25),
-    "negative scale": (negative_scale, -0.125),
+    "negative scale": (negative_scale, 0.125),
     "einsum": (channels_last_einsum, 0.25),
     "einsum swapped": (swapped_einsum, 0.25),
     "einsum ellipsis": (ellipsis_einsum, 0.25),

@@ -283,13 +283,19 @@ def test_a_graph_is_not_changed_by_a_miss():
     assert [node.name for node in graph.graph.nodes if "_guards" not in node.name] == before
 
 
-def test_scale_of_zero_is_a_scale():
+def test_negative_scale_under_a_mask():
+    """The scale moves into the queries: torch's own causal kernel gives NaN for a negative one."""
+
+    def function(q, k, v):
+        return softmax((-(q @ k.mT)).masked_fill(~causal(), -math.inf), -1) @ v
+
     args = square()
-    raised = raise_function(lambda q, k, v: softmax(q @ k.mT * 0.0, -1) @ v, *args)
-    assert raised.argument("scale") == 0.0
-    assert_close(raised.after, args[2].double().mean(-2, keepdim=True).expand_as(args[2]), torch.float32)
+    raised = raise_function(function, *args)
+    assert raised.argument("scale") == 1.0 and raised.argument("mask") == "k_idx <= q_idx"
+    assert_close(raised.after, in_float64(function, args), torch.float32)
 
 
-def test_infinite_scale_is_refused():
-    raised = raise_function(lambda q, k, v: softmax(q @ k.mT * math.inf, -1) @ v, *square())
-    assert raised.calls == []
+@pytest.mark.parametrize("scale", [0.0, math.inf, math.nan])
+def test_a_scale_that_is_none_is_refused(scale):
+    raised = raise_function(lambda q, k, v: softmax(q @ k.mT * scale, -1) @ v, *square())
+    assert raised.calls == [] and len(raised.result.near_misses) == 1

@@ -158,8 +158,6 @@ class AttentionRule:
         operands = Operands(q, k, v, value(second.node).dtype, facts, value(first.node).dtype)
         operands.strip(scales=True)
         scale = up.factor * operands.scale
-        if not math.isfinite(scale):
-            raise Stopped(first.node, f"the scale is {scale}")
         changes = [change(layout) for change in reversed(up.changes)]
         covered = (*up.covered, node, *down.covered)
         permuted = [order.index(label) for label in second.out]
@@ -179,6 +177,8 @@ class AttentionRule:
         causal: bool,
     ) -> Raised:
         """layout: of the product with the values; permuted: which of its dims each dim of the root is."""
+        if scale == 0 or not math.isfinite(scale):
+            raise Stopped(root, f"the scale is {scale}")
         masks = Masks.of(facts)
         operands.check(masks.interpreter.mutated)
         geometry = Geometry(operands.sizes, operands.dtype, value(root).device)
@@ -189,6 +189,9 @@ class AttentionRule:
 
         def before(builder: Builder) -> dict[str, Any]:
             made = operands.build(builder)
+            if scale < 0:
+                # Fused kernels hide pairs by -inf before they scale: with a negative scale torch's causal one gives NaN.
+                made["q"] = builder.call(aten.neg.default, made["q"])
             if plan.build is not None:
                 made["bias"] = _emit(plan, plan.build, builder, masks, geometry, (made["q"], made["k"]))
             return made
@@ -201,7 +204,7 @@ class AttentionRule:
                 result = builder.call(aten.to.dtype, result, value(root).dtype)
             return result
 
-        kwargs = {"scale": scale, "mask": plan.text, "normalizer": "softmax"}
+        kwargs = {"scale": abs(scale), "mask": plan.text, "normalizer": "softmax"}
         nodes = tuple(dict.fromkeys(covered))
         return Raised(self.op, (), kwargs, nodes, origin, before, root, after, with_notes(plan))
 
