@@ -190,7 +190,7 @@ class AttentionRule:
         def before(builder: Builder) -> dict[str, Any]:
             made = operands.build(builder)
             if scale < 0:
-                # Fused kernels hide pairs by -inf before they scale: with a negative scale torch's causal one gives NaN.
+                # torch's fused causal kernel hides pairs by -inf before it scales: NaN for a negative scale.
                 made["q"] = builder.call(aten.neg.default, made["q"])
             if plan.build is not None:
                 made["bias"] = _emit(plan, plan.build, builder, masks, geometry, (made["q"], made["k"]))
