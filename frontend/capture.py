@@ -9,11 +9,13 @@ door two.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import io
 import itertools
 import logging
+import math
 import operator
 import re
 import sys
@@ -26,6 +28,8 @@ import torch.fx
 import torch.utils._pytree as pytree
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..passes.execute import run, undisturbed
+from ..passes.metrics import tensor_error
 from ..runtime.errors import BadExampleInputs, CaptureError
 from .raising.rules import PARAMETER
 
@@ -51,23 +55,69 @@ def export_model(
     """Capture ``model`` with ``torch.export`` (pre-dispatch, non-strict).
 
     dynamic_shapes: as for ``torch.export.export``; None makes every size of every input dynamic where the model
-    allows it. Raises :class:`CaptureError` when export fails; the message is export's own first line.
+    allows it. Export cannot leave a size of 1 open, so a batch of 1 is doubled for tracing, and what comes out must
+    agree with the model on the batch of 1. Raises :class:`CaptureError` when export fails; the message is export's
+    own first line.
     """
     register_pytrees(model)
     try:
-        if dynamic_shapes is None:
-            program = _export_dynamic(model, args, kwargs)
-        else:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        module = _unlift(program)
+        if dynamic_shapes is not None:
+            return _export(model, args, kwargs, dynamic_shapes)
+        if _is_single_batch((args, kwargs)):
+            doubled = pytree.tree_map_only(torch.Tensor, _double, (args, kwargs))
+            with contextlib.suppress(Exception):  # whatever goes wrong with a batch of 2, the given one decides
+                captured = _export(model, *doubled, _all_dynamic(model, *doubled))
+                if disagreement(model, captured, args, kwargs) is None:
+                    return captured
+        return _export(model, args, kwargs, _all_dynamic(model, args, kwargs))
     except Exception as error:  # export has no common error class; the reason goes into the report
         raise CaptureError(f"torch.export failed: {first_line(error)}") from error
-    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
-    flat = flatten_regions(module)
+
+
+def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Captured:
+    # When export fails it prints the graph so far to stderr; the reason is what the report tells.
+    with _quiet(*_NOISY), contextlib.redirect_stderr(io.StringIO()):
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    flat = flatten_regions(_unlift(program))
     sizes = itertools.chain.from_iterable(
         getattr(node.meta.get("val"), "shape", ()) for node in flat.graph.nodes if node.op == "placeholder"
     )
-    return Captured(flat, in_spec, out_spec, any(isinstance(size, torch.SymInt) for size in sizes))
+    dynamic = any(isinstance(size, torch.SymInt) for size in sizes)
+    return Captured(flat, program.call_spec.in_spec, program.call_spec.out_spec, dynamic)
+
+
+def disagreement(
+    model: torch.nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """How the captured graph's outputs differ from the model's own, or None when they agree.
+
+    For inputs that export did not promise: sizes of 1, where a model may take another branch. Runs both once; random
+    numbers, buffers and inputs are as before afterwards.
+    """
+    flat = pytree.tree_leaves((args, kwargs))
+    got = pytree.tree_leaves(run(captured.module, flat))
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    own_args, own_kwargs = copy.deepcopy((args, kwargs))
+    with undisturbed():
+        try:
+            want = pytree.tree_leaves(model(*own_args, **own_kwargs))
+        finally:
+            for name, before in buffers.items():
+                model.get_buffer(name).copy_(before)
+    for after, before in zip(got, want, strict=True):
+        if not isinstance(before, torch.Tensor):
+            if after != before:
+                return f"{after!r} instead of {before!r}"
+        elif after.shape != before.shape:
+            return f"shape {tuple(after.shape)} instead of {tuple(before.shape)}"
+        elif before.dtype.is_floating_point:
+            # Another branch of the model is off by far more than rounding.
+            error = tensor_error(after, before)["rel_l2"]
+            if not error <= math.sqrt(torch.finfo(before.dtype).eps):
+                return f"relative error {error:.2g}"
+        elif not torch.equal(after, before):
+            return "other integers"
+    return None
 
 
 def _unlift(program: Any) -> torch.fx.GraphModule:
@@ -77,30 +127,14 @@ def _unlift(program: Any) -> torch.fx.GraphModule:
     return program.module()
 
 
-def _export_dynamic(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Export with every size dynamic. A size of 1 cannot be made dynamic, so a batch of 1 is doubled for tracing."""
-    traced_args, traced_kwargs = (args, kwargs)
-    if _is_single_batch((args, kwargs)):
-        traced_args, traced_kwargs = pytree.tree_map_only(torch.Tensor, _double, (args, kwargs))
-    bound = inspect.signature(model.forward).bind(*traced_args, **traced_kwargs).arguments
-    shapes = pytree.tree_map(_all_dynamic, dict(bound))
-    # When export fails it prints the graph so far to stderr; the reason is what the report tells.
-    with _quiet(*_NOISY), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            return torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception:  # tracing the doubled batch may be what failed; the given inputs decide
-            if traced_args is args:
-                raise
-            bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-            shapes = pytree.tree_map(_all_dynamic, dict(bound))
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-
-
 _NOISY = ("torch._export", "torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
-def _all_dynamic(leaf: Any) -> Any:
-    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+def _all_dynamic(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def sizes(leaf: Any) -> Any:
+        return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+
+    return pytree.tree_map(sizes, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
 
 
 def _is_single_batch(inputs: Any) -> bool:

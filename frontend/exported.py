@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from ..runtime.errors import BadArgument
 from . import assemble
-from .capture import Captured, export_model
-from .inputs import CallForm, by_name, check_inputs, describe_inputs, takes_names
+from .capture import Captured, disagreement, export_model
+from .inputs import CallForm, by_name, check_inputs, describe_inputs, single_sizes, takes_names
 from .options import Options
 from .pipeline import GraphRecord, Stopwatch, process
 from .report import ModelError
@@ -25,11 +26,16 @@ class ExportedProgram:
     record: what was done to it. captured: its pytree specs. call: how calls are written. inputs: what it was made for.
     """
 
-    def __init__(self, record: GraphRecord, captured: Captured, call: CallForm, rest: str) -> None:
+    def __init__(
+        self, model: torch.nn.Module, record: GraphRecord, captured: Captured, call: CallForm, rest: str
+    ) -> None:
+        self.model = model
         self.record = record
         self.captured = captured
         self.call = call
         self.inputs = describe_inputs(record.captured, captured.in_spec)
+        # Which dynamic sizes were 1 in calls that were compared with the model.
+        self.compared: set[tuple[tuple[int, int], ...]] = {()}
         self.seconds: dict[str, float] = {}
         self.model_error: ModelError | None = None
         if rest == "inductor":
@@ -61,7 +67,7 @@ class ExportedProgram:
             example_values=call.flatten(args, kwargs, captured.in_spec),
             calibration=[call.flatten(*batch, captured.in_spec) for batch in calibration],
         )
-        program = ExportedProgram(record, captured, call, options.rest)
+        program = ExportedProgram(model, record, captured, call, options.rest)
         program.model_error = assemble.model_error(record, named, captured.out_spec)
         program.seconds = watch.seconds
         # Only the errors are wanted; a language model's logits are large.
@@ -72,7 +78,21 @@ class ExportedProgram:
         """The call's leaves in the graph's order. Raises ``BadArgument`` where the capture does not cover the call."""
         flat = self.call.flatten(args, kwargs, self.captured.in_spec)
         check_inputs(flat, self.inputs)
+        ones = single_sizes(flat, self.inputs)
+        if ones not in self.compared:
+            self._compare(flat, ones)
         return flat
+
+    def _compare(self, flat: list[Any], ones: tuple[tuple[int, int], ...]) -> None:
+        """Export promises its graph for sizes of 2 and more; a size of 1 is compared with the model, once."""
+        args, kwargs = pytree.tree_unflatten(flat, self.captured.in_spec)
+        if (reason := disagreement(self.model, self.captured, args, kwargs)) is not None:
+            index, dim = ones[0]
+            raise BadArgument(
+                f"{self.inputs[index].path} has size 1 in dim {dim}, for which the model computes something else than "
+                f"the graph captured with larger sizes ({reason}): compile with such example inputs"
+            )
+        self.compared.add(ones)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.run(*self.flatten(args, kwargs))

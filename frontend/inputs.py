@@ -105,6 +105,16 @@ def check_inputs(flat: Sequence[Any], inputs: Sequence[Input]) -> None:
                 raise BadArgument(f"{path} has size {size} in dim {dim}, but the model takes at most {most}")
 
 
+def single_sizes(flat: Sequence[Any], inputs: Sequence[Input]) -> tuple[tuple[int, int], ...]:
+    """(index of the input, dim) of every size that may vary and is 1 in this call."""
+    return tuple(
+        (index, dim)
+        for index, (got, expected) in enumerate(zip(flat, inputs, strict=True))
+        for dim, wanted in enumerate(expected.shape)
+        if isinstance(wanted, str) and got.shape[dim] == 1
+    )
+
+
 def takes_names(signature: inspect.Signature) -> bool:
     """Whether every argument can be given by name, so that ``f(x)`` and ``f(x=x)`` become the same call."""
     kinds = {parameter.kind for parameter in signature.parameters.values()}

@@ -247,3 +247,24 @@ def test_a_pass_tells_what_raising_left_alone() -> None:
     assert any("dropout" in site["reason"] for site in row["declined"] + row["near_misses"])
     with pytest.raises(errors.PassChangedNothing, match="dropout"):
         tw.compile(Dropped().train(), [tw.passes.SigmoidAttention()], inputs, rest="eager", strict=True)
+
+
+class Branches(torch.nn.Module):
+    """Does something else for one row: export cannot see that from two."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] == 1 else x * 3
+
+
+def test_sizes_of_one_are_compared_with_the_model() -> None:
+    model = Branches()
+    compiled = tw.compile(model, example_inputs=(torch.ones(4, 3),), rest="eager")
+    assert torch.equal(compiled(torch.ones(2, 3)), torch.full((2, 3), 3.0))
+    with pytest.raises(errors.BadArgument, match="x has size 1 in dim 0"):
+        compiled(torch.ones(1, 3))
+    assert torch.equal(compiled(torch.ones(2, 1)), torch.full((2, 1), 3.0))
+    # A batch of one given as the example is not doubled when that would capture the other branch.
+    compiled = tw.compile(model, example_inputs=(torch.ones(1, 3),), rest="eager")
+    assert torch.equal(compiled(torch.ones(1, 3)), torch.full((1, 3), 2.0))
+    with pytest.raises(errors.BadArgument):
+        compiled(torch.ones(2, 3))
