@@ -177,3 +177,26 @@ def test_gradient_of_lse():
     loss = (scores.softmax(-1) @ exact[2] * grad).sum() + (scores.logsumexp(-1) * grad_lse).sum()
     for found, expected in zip((dq, dk, dv), torch.autograd.grad(loss, exact), strict=True):
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_at_the_dtypes_minimum_is_finite(dtype: torch.dtype) -> None:
+    """Models hide keys with it; a query that sees nothing else gives the mean of the values, as in the model."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 2, 20, 16, generator=generator).to(dtype) for _ in range(3))
+    bias = torch.zeros(1, 1, 20, 20)
+    bias[..., 2, :] = bias[..., 3, 1:] = torch.finfo(dtype).min
+    bias[..., 4, :] = -torch.inf
+    spec = AttentionSpec(
+        head_dim=16, value_dim=16, dtype=str(dtype).removeprefix("torch."), bias="float32", bias_rows=True,
+        block_m=TILE, block_n=TILE,
+    )  # fmt: skip
+    out, lse = forward(spec, (q, k, v, bias, None))
+    tolerance = {"rtol": 0, "atol": 1e-6 if dtype is torch.float32 else 2e-2}
+    torch.testing.assert_close(out[:, :, 2].float(), v.float().mean(2), **tolerance)
+    torch.testing.assert_close(out[:, :, 3].float(), v[:, :, 0].float(), **tolerance)
+    assert not out[:, :, 4].any()
+    backward = AttentionBackwardSpec(**dataclasses.asdict(spec))
+    gradients = load(backward, "triton-interpret").launch(torch.ones_like(out), q, k, v, bias, None, out, lse, 0.3)
+    assert all(torch.isfinite(gradient.float()).all() for gradient in gradients[:3])
+    assert not gradients[0][:, :, [2, 4]].any()

@@ -28,6 +28,7 @@ from .symbolic_values import (
     is_one,
     make_cases,
     python_number,
+    remainder,
     reshape_index,
     size_expr,
 )
@@ -339,7 +340,7 @@ def _floor_divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
 def _remainder(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     if not b.is_positive:
         raise Unsupported("division by what may be zero or negative")
-    return sympy.Mod(a, b)
+    return remainder(a, b)
 
 
 _RELATIONS: dict[str, Callable[[sympy.Expr, sympy.Expr], Boolean]] = {

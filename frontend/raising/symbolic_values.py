@@ -150,9 +150,14 @@ def reshape_index(source: Sequence[Any], target: Sequence[Any], index: Index) ->
         for d, size in right:
             flat = flat * size + index[d]
         for d, size in reversed(left[1:]):
-            result[d], flat = sympy.Mod(flat, size), sympy.floor(flat / size)
+            result[d], flat = remainder(flat, size), sympy.floor(flat / size)
         result[left[0][0]] = flat
     return tuple(result)
+
+
+def remainder(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    """``a % b``, rounding down. sympy's own Mod takes Mod(2*Mod(q, 3), 3) for something it is not."""
+    return a - b * sympy.floor(a / b)
 
 
 def _product(dims: Sequence[tuple[int, sympy.Expr]]) -> sympy.Expr:
