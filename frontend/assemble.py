@@ -75,9 +75,7 @@ def _add(report: Report, record: GraphRecord) -> None:
             if s.op in about
         ]
     report.kernels += [
-        KernelReport(
-            use.name, use.spec.kind, use.op, prefix + use.site.id, use.target, use.digest, use.spec.to_dict()
-        )
+        KernelReport(use.name, use.spec.kind, use.op, prefix + use.site.id, use.target, use.digest, use.spec.to_dict())
         for use in record.kernels
     ]
     report.kernels += [

@@ -95,15 +95,11 @@ def preserved_state(module: torch.fx.GraphModule) -> Iterator[None]:
 
 def _writes(node: Node) -> bool:
     return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
+        node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
     )
 
 
-def extract(
-    module: torch.fx.GraphModule, wanted: Node, inside: set[Node]
-) -> tuple[torch.fx.GraphModule, list[str]]:
+def extract(module: torch.fx.GraphModule, wanted: Node, inside: set[Node]) -> tuple[torch.fx.GraphModule, list[str]]:
     """The part of the graph made of ``inside`` nodes that ``wanted`` depends on, as a module of its own.
 
     Returns the module and the names of the outer nodes its placeholders stand for.

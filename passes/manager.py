@@ -302,4 +302,3 @@ def contribution(done: PassRun, rewrite: SiteRewrite, inputs: Sequence[Any]) -> 
 def _tensors(result: Any) -> list[torch.Tensor]:
     items = result if isinstance(result, tuple | list) else [result]
     return [item for item in items if isinstance(item, torch.Tensor)]
-
