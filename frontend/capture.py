@@ -28,7 +28,7 @@ import torch.fx
 import torch.utils._pytree as pytree
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..passes.execute import run, undisturbed
+from ..passes.execute import run
 from ..passes.metrics import tensor_error
 from ..runtime.errors import BadExampleInputs, CaptureError
 from .raising.rules import PARAMETER
@@ -96,14 +96,9 @@ def disagreement(
     """
     flat = pytree.tree_leaves((args, kwargs))
     got = pytree.tree_leaves(run(captured.module, flat))
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     own_args, own_kwargs = copy.deepcopy((args, kwargs))
-    with undisturbed():
-        try:
-            want = pytree.tree_leaves(model(*own_args, **own_kwargs))
-        finally:
-            for name, before in buffers.items():
-                model.get_buffer(name).copy_(before)
+    with untouched(model), torch.no_grad():
+        want = pytree.tree_leaves(model(*own_args, **own_kwargs))
     for after, before in zip(got, want, strict=True):
         if not isinstance(before, torch.Tensor):
             if after != before:
@@ -118,6 +113,20 @@ def disagreement(
         elif not torch.equal(after, before):
             return "other integers"
     return None
+
+
+@contextlib.contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever runs inside, the model's buffers (batch norm statistics) and the random numbers are as before after."""
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, before in buffers.items():
+                    model.get_buffer(name).copy_(before)
 
 
 def _unlift(program: Any) -> torch.fx.GraphModule:

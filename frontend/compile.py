@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..passes.manager import check_needs
 from ..runtime.announce import announce
 from ..runtime.errors import BadArgument, BadExampleInputs, CaptureError
 from .backend import require_changes
-from .capture import check_example_inputs, first_line
+from .capture import check_example_inputs, first_line, untouched
 from .choices import Rest, Target
 from .compiled import CompiledModule
 from .options import Options
@@ -74,8 +75,8 @@ def compile(
         compiled.fallback_reason = str(error)
         announce(f"{type(model).__name__}: {error}; capturing through Dynamo instead", key=f"door:{error}")
         compiled.calibrate_from(batches)
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
-            compiled(*args, **kwargs)
+        with untouched(model):
+            compiled(*copy.deepcopy(args), **copy.deepcopy(kwargs))
         return compiled
     if strict:
         require_changes(options, compiled.records)
@@ -98,8 +99,8 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _check_runs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cause: CaptureError) -> None:
     """Tell inputs the model refuses from a model that export refuses."""
     try:
-        with torch.random.fork_rng(), torch.no_grad():
-            model(*args, **kwargs)
+        with untouched(model), torch.no_grad():
+            model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     except Exception as error:  # whatever the model raises on its own inputs is the user's to see
         raise BadExampleInputs(
             f"{type(model).__name__} itself fails on the example inputs: {first_line(error)}"

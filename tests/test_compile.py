@@ -249,6 +249,29 @@ def test_a_pass_tells_what_raising_left_alone() -> None:
         tw.compile(Dropped().train(), [tw.passes.SigmoidAttention()], inputs, rest="eager", strict=True)
 
 
+class BreaksInTraining(Breaks):
+    """With batch norm in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.norm(x))
+
+
+def test_the_fallback_leaves_the_model_as_it_was() -> None:
+    model, x = BreaksInTraining().train(), torch.randn(5, 4)
+    before = copy.deepcopy(model.state_dict())
+    random = torch.random.get_rng_state()
+    compiled = tw.compile(model, example_inputs=(x,), rest="eager")
+    assert compiled.door == "dynamo" and compiled.records
+    assert same_state(model, before)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    compiled(x)
+    assert int(model.norm.num_batches_tracked) == 1
+
+
 class Branches(torch.nn.Module):
     """Does something else for one row: export cannot see that from two."""
 
