@@ -82,7 +82,10 @@ def _add(report: Report, record: GraphRecord) -> None:
         KernelReport("", "", use.op, prefix + use.site.id, "reference", reason=use.reason) for use in record.references
     ]
     raising: RaisingReport = report.raising
-    raising.sites += [{"site": prefix + s.id, "op": s.op, "source": s.source} for s in record.raising.sites]
+    raising.sites += [
+        {"site": prefix + s.id, "op": s.op, "source": s.source, "details": record.raising.details.get(s.id, {})}
+        for s in record.raising.sites
+    ]
     raising.declined += [DeclinedSite(prefix + s.id, reason, s.source) for s, reason in record.raising.declined]
     raising.near_misses += [
         NearMissSite(prefix + s.id, stopped, reason, s.source) for s, stopped, reason in record.raising.near_misses

@@ -111,7 +111,7 @@ def _describe(cls: Any) -> dict[str, Any]:
     return {
         "name": cls.cli_name(),
         "exactness": cls.exactness.value,
-        "needs": cls.needs.value,
+        "needs": cls.describe_needs(),
         "ops": list(cls.ops),
         "options": [
             {

@@ -195,9 +195,9 @@ class KernelReport:
 
 @dataclass
 class RaisingReport:
-    """The canonical ops found, before any pass. sites: ``{"site", "op", "source"}`` each."""
+    """The canonical ops found, before any pass. sites: ``{"site", "op", "source", "details"}`` each."""
 
-    sites: list[dict[str, str]] = field(default_factory=list)
+    sites: list[dict[str, Any]] = field(default_factory=list)
     declined: list[DeclinedSite] = field(default_factory=list)
     near_misses: list[NearMissSite] = field(default_factory=list)
 

@@ -211,6 +211,17 @@ class Pass:
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    @classmethod
+    def describe_needs(cls) -> str:
+        """What the pass needs, in words; a pass whose options decide says so."""
+        if cls.current_needs is not Pass.current_needs:
+            return "calibration inputs, with some options"
+        return {
+            Needs.NOTHING: "nothing",
+            Needs.CALIBRATION: "calibration inputs",
+            Needs.TRAINING: "training",
+        }[cls.needs]
+
     def current_needs(self) -> Needs:
         """What this instance needs; a pass whose options decide overrides it."""
         return self.needs

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tilewright.passes import PASSES, Needs, Pass
+from tilewright.passes import PASSES
 from tilewright.runtime.ops import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,16 +26,10 @@ def pass_table() -> str:
         options = ", ".join(f"`{f.name}={f.default!r}`" for f in dataclasses.fields(cls)) or "none"
         summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", "`")
         rows.append(
-            f"| `{name}`<br>`tw.passes.{cls.__name__}` | {cls.exactness.value} | {needs(cls)} | {options} | {summary} |"
+            f"| `{name}`<br>`tw.passes.{cls.__name__}` | {cls.exactness.value} | {cls.describe_needs()} "
+            f"| {options} | {summary} |"
         )
     return "\n".join(rows)
-
-
-def needs(cls: type[Pass]) -> str:
-    """What a pass needs; a pass whose options decide says so itself."""
-    if cls.current_needs is not Pass.current_needs:
-        return "calibration inputs, with some options"
-    return {Needs.NOTHING: "nothing", Needs.CALIBRATION: "calibration inputs", Needs.TRAINING: "training"}[cls.needs]
 
 
 def tolerance_table() -> str:

@@ -213,7 +213,6 @@ def test_meta_and_arguments_are_kept() -> None:
     [
         ({"normalizer": "sigmoid"}, "sigmoid already"),
         ({"q_len": 0}, "no elements"),
-        ({"k_len": 1}, "single key"),
     ],
 )
 def test_declines(change: dict[str, Any], reason: str) -> None:
