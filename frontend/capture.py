@@ -64,9 +64,9 @@ def export_model(
         if dynamic_shapes is not None:
             return _export(model, args, kwargs, dynamic_shapes)
         if _is_single_batch((args, kwargs)):
-            doubled = pytree.tree_map_only(torch.Tensor, _double, (args, kwargs))
+            more, named = pytree.tree_map_only(torch.Tensor, _double, (args, kwargs))
             with contextlib.suppress(Exception):  # whatever goes wrong with a batch of 2, the given one decides
-                captured = _export(model, *doubled, _all_dynamic(model, *doubled))
+                captured = _export(model, more, named, _all_dynamic(model, more, named))
                 if disagreement(model, captured, args, kwargs) is None:
                     return captured
         return _export(model, args, kwargs, _all_dynamic(model, args, kwargs))
