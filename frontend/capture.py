@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.fx
 import torch.utils._pytree as pytree
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..passes.execute import run
@@ -208,8 +209,14 @@ def retrace(module: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.Grap
         # The interpreter hands each node's stack trace and module path on to the nodes traced from it.
         return torch.fx.Interpreter(module).run(*inputs)
 
-    # Dynamo has prepared a second fake mode for the backend; the placeholders live in the first.
-    with torch._guards.tracing(None), mode or contextlib.nullcontext(), torch.fx.traceback.preserve_node_meta():
+    # Dynamo has prepared a second fake mode for the backend; the placeholders live in the first. torch 2.11 and 2.12
+    # need the Python dispatcher for composite operators on symbolic sizes.
+    with (
+        torch._guards.tracing(None),
+        mode or contextlib.nullcontext(),
+        enable_python_dispatcher(),
+        torch.fx.traceback.preserve_node_meta(),
+    ):
         traced = make_fx(run, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     for node, fake in zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True):
         if isinstance(fake, torch.nn.Parameter):  # which make_fx forgets, and a rule for linears asks

@@ -72,10 +72,10 @@ def graph_from_json(rows: Any, attributes: torch.nn.Module) -> torch.fx.GraphMod
     if not isinstance(rows, list) or not rows:
         raise SaveError("the graph is no list of nodes")
     for row in rows:
-        if graph._len and next(reversed(graph.nodes)).op == "output":
+        if graph._len and next(iter(reversed(graph.nodes))).op == "output":
             raise SaveError("the graph has nodes after its output")
         _node_from_json(row, graph, nodes, attributes)
-    if next(reversed(graph.nodes)).op != "output":
+    if next(iter(reversed(graph.nodes))).op != "output":
         raise SaveError("the graph has no output")
     graph.lint()
     return torch.fx.GraphModule(attributes, graph)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from ..runtime import ops as canonical_ops
 from .site import Site, get_site, set_site
@@ -153,7 +154,8 @@ class Builder:
         if canonical_ops.is_canonical(target):
             region = self.view.autocast.get(self.before)
             key = (target, region, signature((args, tuple(sorted(kwargs.items())))))
-        with mode, self.view.running_as(self.before):
+        # torch 2.11 and 2.12 need the Python dispatcher for composite operators on symbolic sizes.
+        with mode, enable_python_dispatcher(), self.view.running_as(self.before):
             if key is None:
                 return target(*args, **kwargs)
             if key not in results:
