@@ -14,12 +14,13 @@ OUTPUT ?= demo-output
 # One OpenMP thread for each of the JOBS test processes; the kernels and models are small.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint types format golden install clean
+.PHONY: help demo test grid lint types format golden install clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    two real models, each pass: sentences, perplexity, pictures and a page in $(OUTPUT)/"
 	@echo "make test    ruff, mypy and every test that needs no GPU"
+	@echo "make grid    cross-compile every head dim, dtype and GPU, of which make test takes a sixth"
 	@echo "make lint | types | format | golden (accept the rendered kernels) | install | clean"
 
 install: $(STAMP)
@@ -44,7 +45,10 @@ types: $(STAMP)
 	$(BIN)/python scripts/check_types.py
 
 test: lint types
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not grid" $(PYTEST_ARGS)
+
+grid: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m grid $(PYTEST_ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about ten seconds; `-m 'not slow'` leaves it out")
     # Triton 3.9 says once per process that a default will change; which test happens to be first is no matter.
     config.addinivalue_line("filterwarnings", "ignore:TRITON_DEFAULT_FP_FUSION is unset")
+    config.addinivalue_line("markers", "grid: the rest of a large grid, of which `make test` runs a part")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped with the reason where there is none")
 
 
