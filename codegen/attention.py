@@ -123,7 +123,8 @@ class _AttentionSpec(KernelSpec):
         }
 
     def compile_entries(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """What is needed to compile each kernel with no GPU, see the text's ``COMPILE``. Each spec lists its own."""
+        raise NotImplementedError(f"{type(self).__name__} must list its kernels")
 
     def _entry(self, kernel: str, arguments: dict[str, str], ones: tuple[str, ...]) -> dict[str, Any]:
         """How ``kernel`` is compiled for inputs whose channels lie beside each other: their strides are one."""

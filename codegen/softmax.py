@@ -101,12 +101,12 @@ class _RowSpec(KernelSpec):
         }
 
     def compile_entries(self) -> list[dict[str, Any]]:
-        """What is needed to compile each kernel with no GPU, see the text's ``COMPILE``."""
-        raise NotImplementedError
+        """What is needed to compile each kernel with no GPU, see the text's ``COMPILE``. Each spec lists its own."""
+        raise NotImplementedError(f"{type(self).__name__} must list its kernels")
 
     def _holds_row(self) -> bool:
         """Whether the tile has to hold a whole row, so that its width is no matter of speed."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say whether a tile holds a row")
 
     def candidates(self, target: str) -> list[Self]:
         """The default; twice and half the warps; for tiles narrower than the row, twice and half the width."""

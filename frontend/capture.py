@@ -209,8 +209,8 @@ def retrace(module: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.Grap
         # The interpreter hands each node's stack trace and module path on to the nodes traced from it.
         return torch.fx.Interpreter(module).run(*inputs)
 
-    # Dynamo has prepared a second fake mode for the backend; the placeholders live in the first. torch 2.11 and 2.12
-    # need the Python dispatcher for composite operators on symbolic sizes.
+    # Dynamo has prepared a second fake mode for the backend; the placeholders live in the first. torch 2.11 needs
+    # the Python dispatcher for composite operators on symbolic sizes.
     with (
         torch._guards.tracing(None),
         mode or contextlib.nullcontext(),

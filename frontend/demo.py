@@ -29,6 +29,7 @@ from ..runtime import settings
 from ..runtime.errors import BadArgument, TilewrightError
 from . import demo_language as language
 from . import demo_sentences as sentences
+from .choices import Target
 from .compiled import CompiledModule
 from .demo_pages import language_picture, readable, sentence_picture, slug, write_page
 from .models import LoadedModel, load_model
@@ -71,7 +72,7 @@ def run_demo(
     quick: bool = False,
     encoder: str = "minilm",
     language_model: str = "smollm2",
-    target: str | None = None,
+    target: Target | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the demo and return what it measured, JSON-able (also written to ``output/results.json``).
@@ -131,7 +132,7 @@ def run_demo(
     return json_safe(results)
 
 
-def _sentence_study(stages: Stages, name: str, target: str) -> sentences.SentenceStudy:
+def _sentence_study(stages: Stages, name: str, target: Target) -> sentences.SentenceStudy:
     with stages.stage(f"load {name}"):
         loaded = _load(name, "encoder")
     inputs = dict(loaded.tokenizer(list(sentences.SENTENCES), return_tensors="pt", padding=True))
@@ -148,7 +149,7 @@ def _sentence_study(stages: Stages, name: str, target: str) -> sentences.Sentenc
     return study
 
 
-def _language_study(stages: Stages, name: str, target: str, quick: bool) -> language.LanguageStudy:
+def _language_study(stages: Stages, name: str, target: Target, quick: bool) -> language.LanguageStudy:
     count, steps = (1, 12) if quick else (language.EVALUATED_BLOCKS, 24)
     with stages.stage(f"load {name}"):
         loaded = _load(name, "causal-lm")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..passes import Pass
+from .choices import Rest, Target
 from .compile import compile as tilewright_compile
 from .compiled import CompiledModule
 from .models import LoadedModel
@@ -139,7 +140,7 @@ def greedy(model: Callable[..., Any], ids: torch.Tensor, steps: int) -> torch.Te
 
 
 def compile_for(
-    loaded: LoadedModel, passes: list[Pass], target: str, calibration: list[Any], rest: str = "eager"
+    loaded: LoadedModel, passes: list[Pass], target: Target, calibration: list[Any], rest: Rest = "eager"
 ) -> CompiledModule:
     """``tilewright.compile`` through ``torch.export``, with any batch and length."""
     return tilewright_compile(
@@ -147,14 +148,14 @@ def compile_for(
         passes=passes,
         example_kwargs=loaded.kwargs,
         dynamic_shapes=loaded.dynamic_shapes,
-        target=target,  # type: ignore[arg-type]
-        rest=rest,  # type: ignore[arg-type]
+        target=target,
+        rest=rest,
         calibration=calibration,
     )
 
 
 def check_doors(
-    loaded: LoadedModel, compiled: CompiledModule, passes: list[Pass], target: str, steps: int
+    loaded: LoadedModel, compiled: CompiledModule, passes: list[Pass], target: Target, steps: int
 ) -> Iterator[DoorResult]:
     """Greedy decoding token for token: the exported model, then transformers' ``generate`` through torch.compile.
 

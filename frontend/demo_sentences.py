@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..passes import Pass
+from .choices import Target
 from .compile import compile as tilewright_compile
 from .compiled import CompiledModule
 from .models import LoadedModel
@@ -92,7 +93,7 @@ def calibration_batches(tokenizer: Any, count: int, size: int = 8) -> list[dict[
 
 
 def compare(
-    loaded: LoadedModel, label: str, passes: list[Pass], before: torch.Tensor, target: str, calibration: list[Any]
+    loaded: LoadedModel, label: str, passes: list[Pass], before: torch.Tensor, target: Target, calibration: list[Any]
 ) -> SentenceResult:
     """Compile the encoder with ``passes`` and measure what the sentences' similarities become."""
     inputs = dict(loaded.tokenizer(list(SENTENCES), return_tensors="pt", padding=True))
@@ -101,7 +102,7 @@ def compare(
         passes=passes,
         example_kwargs=inputs,
         dynamic_shapes=loaded.dynamic_shapes,
-        target=target,  # type: ignore[arg-type]
+        target=target,
         rest="eager",
         calibration=calibration,
     )

@@ -154,7 +154,7 @@ class Builder:
         if canonical_ops.is_canonical(target):
             region = self.view.autocast.get(self.before)
             key = (target, region, signature((args, tuple(sorted(kwargs.items())))))
-        # torch 2.11 and 2.12 need the Python dispatcher for composite operators on symbolic sizes.
+        # torch 2.11 needs the Python dispatcher for composite operators on symbolic sizes.
         with mode, enable_python_dispatcher(), self.view.running_as(self.before):
             if key is None:
                 return target(*args, **kwargs)
