@@ -67,20 +67,6 @@ def time_launch(kernel: Kernel, inputs: tuple[Any, ...]) -> float:
     return begin.elapsed_time(end) * 1e-3
 
 
-def best(
-    spec: KernelSpec,
-    target: str,
-    make_inputs: Callable[[], tuple[Any, ...]],
-    budget_s: float | None = None,
-    *,
-    timer: Callable[[Kernel, tuple[Any, ...]], float] = time_launch,
-    clock: Callable[[], float] = time.monotonic,
-    loader: Callable[[KernelSpec, str], Kernel] = load,
-) -> KernelSpec:
-    """The candidate of ``spec`` to use on this device: :func:`tune`'s winner."""
-    return tune(spec, target, make_inputs, budget_s, timer=timer, clock=clock, loader=loader).winner
-
-
 def tune(
     spec: KernelSpec,
     target: str,
@@ -115,7 +101,7 @@ def tune(
 
 
 def load_best(spec: KernelSpec, target: str, make_inputs: Callable[[], tuple[Any, ...]]) -> Kernel:
-    """The kernel of :func:`best`, loaded: what an operator calls in place of ``load(spec, target)``.
+    """The winner of :func:`tune`, loaded: what an operator calls in place of ``load(spec, target)``.
 
     From the second call on it costs two look-ups, with tuning on or off. Raises as :func:`tune` and
     :func:`~.load.load`.
