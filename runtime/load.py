@@ -197,6 +197,16 @@ def forget() -> None:
     with _lock:
         _kernels.clear()
         _key_locks.clear()
+    for callback in _on_forget:
+        callback()
+
+
+_on_forget: list[Callable[[], None]] = []
+
+
+def on_forget(callback: Callable[[], None]) -> None:
+    """Have ``callback`` called by :func:`forget`: for whoever keeps launches of loaded kernels."""
+    _on_forget.append(callback)
 
 
 def _after_fork() -> None:

@@ -9,6 +9,7 @@ variable                       meaning                                          
 ``TILEWRIGHT_AUTOTUNE_SECONDS``  most seconds that tuning one kernel may take                           2.0
 ``TILEWRIGHT_ANNOUNCE``        0: do not warn about fallbacks (they stay in the report)                 1
 ``TILEWRIGHT_BUILD_JOBS``      kernels built at the same time                                           CPU count
+``TILEWRIGHT_CPU_ISA``         instruction set of native kernels: amx, avx512, avx2, baseline, neon     auto
 ``TILEWRIGHT_LOCK_SECONDS``    longest wait for another process that builds the same kernel             600
 =============================  =======================================================================  ============
 
@@ -31,6 +32,7 @@ from .errors import BadArgument
 
 PREFIX = "TILEWRIGHT_"
 _TRUE = frozenset({"1", "true", "yes", "on"})
+CPU_ISAS = ("auto", "amx", "avx512", "avx2", "baseline", "neon")
 _FALSE = frozenset({"0", "false", "no", "off"})
 
 
@@ -45,6 +47,7 @@ class Settings:
     announce: bool = True
     build_jobs: int = 1
     lock_seconds: float = 600.0
+    cpu_isa: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache_dir", Path(self.cache_dir).expanduser().absolute())
@@ -52,6 +55,8 @@ class Settings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise BadArgument(f"{PREFIX}{name.upper()} is {value!r}: give a positive number of seconds")
+        if self.cpu_isa not in CPU_ISAS:
+            raise BadArgument(f"{PREFIX}CPU_ISA is {self.cpu_isa!r}: choose one of {', '.join(CPU_ISAS)}")
         if self.build_jobs < 1:
             raise BadArgument(f"{PREFIX}BUILD_JOBS is {self.build_jobs!r}: give a whole number of at least 1")
 
@@ -97,6 +102,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         announce=switch("ANNOUNCE", True),
         build_jobs=int(jobs),
         lock_seconds=number("LOCK_SECONDS", 600.0),
+        cpu_isa=(read("CPU_ISA") or "auto").lower(),
     )
 
 

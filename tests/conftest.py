@@ -71,3 +71,19 @@ def fresh_announcements():
     from tilewright.runtime import announce
 
     announce.forget()
+
+
+CPU_ISAS = ("amx", "avx512", "avx2", "baseline")
+
+
+@pytest.fixture(params=CPU_ISAS)
+def cpu_isa(request):
+    """Native kernels built for each instruction set in turn; skips those that this CPU lacks. Yields its name."""
+    from tilewright.runtime import cpu, load, settings
+
+    if request.param not in cpu.supported():
+        pytest.skip(f"this CPU has no {request.param}")
+    load.forget()
+    with settings.override(cpu_isa=request.param):
+        yield request.param
+    load.forget()

@@ -53,7 +53,7 @@ class Target(Protocol):
         ...
 
 
-_MODULES = {"triton": ".triton", "triton-interpret": ".triton"}
+_MODULES = {"triton": ".triton", "triton-interpret": ".triton", "cpp": ".cpp"}
 _targets: dict[str, Target] = {}
 
 
