@@ -18,11 +18,11 @@ from ..passes.view import arguments, value
 from ..runtime import announce, load
 from ..runtime.errors import BuildError, MissingCompiler, MissingDependency, UnsupportedKernel
 from ..runtime.ops import OPS, CanonicalOp, is_canonical
-from .choices import Target
+from . import policy
+from .choices import Rest, Target
+from .progress import build_kernels
 
 Node = torch.fx.Node
-
-NO_CPP = "there are no native CPU kernels in this version, so CPU sites run through the rest of the graph's compiler"
 
 
 @dataclass(frozen=True)
@@ -66,25 +66,38 @@ def canonical_nodes(module: torch.fx.GraphModule) -> Iterator[tuple[Node, Canoni
             yield node, OPS[node.target._opname]
 
 
-def choose(node: Node, op: CanonicalOp, requested: Target) -> tuple[str, KernelSpec | None, str]:
-    """(target, spec, reason): the target that runs the node, its spec, and why it is the reference when it is."""
+@dataclass(frozen=True)
+class Choice:
+    """What runs a canonical node. spec: None for the reference form, and then ``reason`` says why.
+
+    intended: the reference is what was asked for or what the policy prefers, so nobody need be warned.
+    """
+
+    target: str
+    spec: KernelSpec | None = None
+    reason: str = ""
+    intended: bool = False
+
+
+def choose(node: Node, op: CanonicalOp, requested: Target, rest: Rest) -> Choice:
+    """The target that runs the node, its spec, and why it is the reference when it is."""
     if requested == "reference":
-        return "reference", None, "the reference was asked for"
-    target = requested
+        return Choice("reference", None, "the reference was asked for", intended=True)
+    target: str = requested
     if requested == "auto":
         target = "triton" if _device(node) == "cuda" else "cpp"
-    if target == "cpp":
-        return "reference", None, NO_CPP
+        if target == "cpp" and (why := policy.why_leave(node, op, rest)):
+            return Choice("reference", None, why, intended=True)
     if op.spec is None:
-        return "reference", None, f"no target has a kernel for {op.name}"
+        return Choice("reference", None, f"no target has a kernel for {op.name}")
     named = torch.fx.node.map_arg(arguments(node), value)
     schema = op.overload._schema.arguments
     args = [named[a.name] for a in schema if not a.kwarg_only]
     kwargs = {a.name: named[a.name] for a in schema if a.kwarg_only and a.name != "target"}
     try:
-        return target, op.spec(*args, **kwargs, target=target), ""
+        return Choice(target, op.spec(*args, **kwargs, target=target))
     except (UnsupportedKernel, SpecError) as error:
-        return "reference", None, str(error)
+        return Choice("reference", None, str(error))
 
 
 def _device(node: Node) -> str:
@@ -98,44 +111,64 @@ def set_target(node: Node, target: str) -> None:
     node.update_kwarg("target", target)
 
 
-def retarget(module: torch.fx.GraphModule, requested: Target) -> torch.fx.GraphModule:
-    """Set targets in place without building anything: what a validated replacement will run."""
-    for node, op in canonical_nodes(module):
-        set_target(node, choose(node, op, requested)[0])
+def retarget(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> torch.fx.GraphModule:
+    """Set targets in place, their kernels built: what a validated replacement will run."""
+    for node, choice in _choose_all(module, requested, rest).items():
+        set_target(node, choice.target)
     module.recompile()
     return module
 
 
-def lower(module: torch.fx.GraphModule, requested: Target) -> tuple[list[KernelUse], list[ReferenceUse]]:
+def _choose_all(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> dict[Node, Choice]:
+    """:func:`choose` for every canonical node, all kernels built at once; what cannot be built runs its reference."""
+    choices = {node: choose(node, op, requested, rest) for node, op in canonical_nodes(module)}
+    results = build_kernels([(choice.spec, choice.target) for choice in choices.values() if choice.spec is not None])
+    for node, choice in choices.items():
+        result = results.get((choice.spec, choice.target)) if choice.spec is not None else None
+        if result is None or result.error is None:
+            continue
+        if not isinstance(result.error, MissingCompiler | MissingDependency | BuildError | UnsupportedKernel):
+            raise result.error
+        choices[node] = Choice("reference", None, str(result.error))
+    return choices
+
+
+def lower(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> tuple[list[KernelUse], list[ReferenceUse]]:
     """Set every canonical node's target in place and build its kernel. Fallbacks are announced once.
 
     Returns the kernels in use and the ops left to their reference form, in graph order.
     """
     kernels: list[KernelUse] = []
     references: list[ReferenceUse] = []
-    for node, op in canonical_nodes(module):
-        site = get_site(node) or Site(node.name, "", "", op.name)
-        target, spec, reason = choose(node, op, requested)
-        if spec is not None:
+    fallbacks: list[ReferenceUse] = []
+    for node, choice in _choose_all(module, requested, rest).items():
+        op = _op(node)
+        site = get_site(node) or Site(node.name, "", "", op)
+        if choice.spec is not None:
             try:
-                kernel = load.load(spec, target)
-            except (MissingCompiler, MissingDependency, BuildError, UnsupportedKernel) as error:
-                target, spec, reason = "reference", None, str(error)
+                kernel = load.load(choice.spec, choice.target)
+            except BuildError as error:  # it was built, and does not load
+                choice = Choice("reference", None, str(error))
             else:
-                kernels.append(KernelUse(site, op.name, node.name, spec, target, kernel.digest, kernel.path))
-        set_target(node, target)
-        if spec is None:
-            references.append(ReferenceUse(site, op.name, reason))
-    _announce(references, requested)
+                kernels.append(KernelUse(site, op, node.name, choice.spec, choice.target, kernel.digest, kernel.path))
+        set_target(node, choice.target)
+        if choice.spec is None:
+            references.append(ReferenceUse(site, op, choice.reason))
+            if not choice.intended:
+                fallbacks.append(references[-1])
+    _announce(fallbacks)
     module.recompile()
     return kernels, references
 
 
-def _announce(references: list[ReferenceUse], requested: Target) -> None:
-    if requested == "reference":
-        return
+def _op(node: Node) -> str:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target._opname
+
+
+def _announce(fallbacks: list[ReferenceUse]) -> None:
     reasons: dict[str, list[str]] = {}
-    for use in references:
+    for use in fallbacks:
         ops = reasons.setdefault(use.reason, [])
         if use.op not in ops:
             ops.append(use.op)

@@ -90,10 +90,12 @@ def process(
         runs.append(done)
         if options.validate and example_values is not None:
             with watch.stage("validate"):
-                validate(done, example_values, lambda module: retarget(copy_module(module), options.target))
+                validate(
+                    done, example_values, lambda module: retarget(copy_module(module), options.target, options.rest)
+                )
     lowered = copy_module(rewritten)
     with watch.stage("build"):
-        kernels, references = lower(lowered, options.target)
+        kernels, references = lower(lowered, options.target, options.rest)
     record = GraphRecord(index, captured, raised, rewritten, lowered, raising, runs, kernels, references)
     if options.validate and example_values is not None:
         record.example_values = list(example_values)

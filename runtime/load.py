@@ -82,6 +82,11 @@ def is_built(spec: KernelSpec, target: str) -> bool:
     return _find(_order(spec, target)) is not None
 
 
+def is_loaded(spec: KernelSpec, target: str) -> bool:
+    """Whether :func:`load` has the kernel in memory. Looks at no file."""
+    return (spec, target) in _kernels
+
+
 def try_load(spec: KernelSpec, target: str) -> Kernel | None:
     """The kernel if it is loaded already or known valid in the cache, else None. Never builds.
 
