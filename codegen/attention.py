@@ -115,11 +115,13 @@ class _AttentionSpec(KernelSpec):
 
     def context(self, target: str) -> dict[str, Any]:
         mask = symbols.parse_mask(self.mask)
+        printer = symbols.cpp_lanes_text if target == "cpp" else symbols.triton_text
         return {
-            "predicate": None if mask == sympy.true else symbols.triton_text(mask),
-            "keys": _limits(mask, symbols.K),
-            "queries": _limits(mask, symbols.Q),
-            "compile_entries": self.compile_entries(),
+            "predicate": None if mask == sympy.true else printer(mask),
+            "mask_symbols": sorted(symbol.name for symbol in mask.free_symbols),
+            "keys": _limits(mask, symbols.K, target),
+            "queries": _limits(mask, symbols.Q, target),
+            "compile_entries": [] if target == "cpp" else self.compile_entries(),
         }
 
     def compile_entries(self) -> list[dict[str, Any]]:
@@ -165,7 +167,10 @@ class AttentionSpec(_AttentionSpec):
     """Forward: out (B, Hq, Lq, Dv), and for softmax lse (B, Hq, Lq) float32."""
 
     kind: ClassVar[str] = "attention"
-    templates: ClassVar[dict[str, str]] = {"triton": "triton/attention_forward.py.jinja"}
+    templates: ClassVar[dict[str, str]] = {
+        "triton": "triton/attention_forward.py.jinja",
+        "cpp": "cpp/attention_forward.cpp.jinja",
+    }
 
     def compile_entries(self) -> list[dict[str, Any]]:
         arguments = self._inputs() | {"out": f"*{_TRITON[self.dtype]}"}
@@ -252,12 +257,14 @@ class AttentionBackwardSpec(_AttentionSpec):
         return variants
 
 
-def _limits(mask: Any, index: sympy.Symbol) -> dict[str, Any]:
-    """Loop limits over ``index`` as Triton text over first, last (ends of the other index's tile) and the lengths."""
+def _limits(mask: Any, index: sympy.Symbol, target: str) -> dict[str, Any]:
+    """Loop limits over ``index`` as the target's text over first, last (ends of the other index's tile), the lengths,
+    and head and batch where the mask has them."""
     tile = bounds.tile_bounds(mask, index)
+    printer = symbols.cpp_text if target == "cpp" else symbols.triton_text
 
     def texts(expressions: tuple[sympy.Expr, ...] | None) -> list[str]:
-        return [symbols.triton_text(expression) for expression in expressions or ()]
+        return [printer(expression) for expression in expressions or ()]
 
     return {
         "lower": texts(tile.needed_lower),
@@ -305,3 +312,5 @@ _BACKWARD_TILES: dict[tuple[str, bool], tuple[tuple[int, Tiles], ...]] = {
 }
 INTERPRETER_TILES = Tiles(32, 32, 4, 1)
 """The interpreter pays for every operation of a program and little for its size."""
+CPP_TILES = Tiles(128, 128, 4, 1)
+"""On a CPU: most queries a thread takes at once, and keys per tile. Warps and stages mean nothing there."""

@@ -273,6 +273,7 @@ class _Style:
 PYTHON = _Style(" & ", " | ", "True", "False", True, " // ")
 TRITON = _Style(" & ", " | ", "True", "False", False, " // ")
 CPP = _Style(" && ", " || ", "true", "false", False, " / ")
+CPP_LANES = _Style(" & ", " | ", "true", "false", False, " / ")
 
 _OR, _AND, _COMPARE, _ADD, _MUL, _ATOM = range(6)
 
@@ -294,6 +295,12 @@ def triton_text(expression: sympy.Basic, names: Mapping[str, str] | None = None)
 def cpp_text(expression: sympy.Basic, names: Mapping[str, str] | None = None) -> str:
     """The expression in C++ over signed integers. ``names`` renames symbols."""
     return _print(expression, _OR, CPP, names)
+
+
+def cpp_lanes_text(expression: sympy.Basic, names: Mapping[str, str] | None = None) -> str:
+    """The expression in C++ over vectors of signed integers (GCC's vector extension): a condition is a vector of lanes
+    that are all ones or zero. At least one operand of every comparison has to be a vector."""
+    return _print(expression, _OR, CPP_LANES, names)
 
 
 def _print(e: sympy.Basic, outer: int, style: _Style, names: Mapping[str, str] | None = None) -> str:

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...codegen import symbols
 from ...codegen.attention import (
+    CPP_TILES,
     INTERPRETER_TILES,
     MAX_HEAD_DIM,
     AttentionBackwardSpec,
@@ -67,16 +68,17 @@ def spec(
         normalizer,
         mask,
         bias_kind,
-        bias is None or _varies(bias, 2),
+        # A native kernel reads every stride when it runs: one text serves what triton needs several for.
+        bias is None or target == "cpp" or _varies(bias, 2),
         shift is not None,
         q.shape[1] // k.shape[1] if k.shape[1] else 1,
-        _wide(q, k, v, bias),
+        target != "cpp" and _wide(q, k, v, bias),
         target,
         _large_shared_memory(q.device) if target == "triton" else False,
     )
 
 
-_DEVICES = {"triton": "cuda", "triton-interpret": "cpu"}
+_DEVICES = {"triton": "cuda", "triton-interpret": "cpu", "cpp": "cpu"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -131,7 +133,7 @@ def _forward_spec(
     expression = symbols.parse_mask(mask)
     if expression == sympy.false:
         raise UnsupportedKernel(f"the mask {mask!r} hides every pair, so there is nothing to compute")
-    tiles = INTERPRETER_TILES
+    tiles = CPP_TILES if target == "cpp" else INTERPRETER_TILES
     if target == "triton":
         tiles = default_tiles(head_dim, value_dim, dtype, backward=False, large=large)
     return AttentionSpec(
@@ -159,7 +161,7 @@ def backward_spec(
 def _backward_spec(
     forward: AttentionSpec, grad_bias: bool, grad_bias_rows: bool, grad_shift: bool, target: str, large: bool
 ) -> AttentionBackwardSpec:
-    tiles = INTERPRETER_TILES
+    tiles = CPP_TILES if target == "cpp" else INTERPRETER_TILES
     if target == "triton":
         tiles = default_tiles(forward.head_dim, forward.value_dim, forward.dtype, backward=True, large=large)
     return AttentionBackwardSpec(
