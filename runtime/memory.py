@@ -1,4 +1,4 @@
-"""Where the outputs of native kernels come from."""
+"""Memory for the outputs of native kernels: :func:`empty`."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import torch
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous, uninitialised CPU tensor."""
+    """An uninitialised contiguous CPU tensor, for an output that a kernel fills completely."""
     return torch.empty(shape, dtype=dtype)
