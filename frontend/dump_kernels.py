@@ -2,12 +2,13 @@
 
 ::
 
-    kernel.py             the rendered source that runs, unchanged
+    kernel.py             the rendered source that runs, unchanged (Triton)
+    kernel.cpp            the same for a native kernel; launcher.py and kernel.py build it and join it to torch
     spec.json             what it was rendered from
     inputs.safetensors    the tensors of one site that uses it
     call.json             how kernel.launch and the reference take them, and the tolerance
     reference.py          what is correct: plain torch code, traced from the op's definition for these inputs
-    check.py              runs kernel.py on the inputs and compares; needs torch and triton only
+    check.py              runs kernel.py on the inputs and compares; needs torch and triton, or a C++ compiler
     README.md             which lines of the model it belongs to
 
 Inputs are recorded where kernels are launched, so nothing here knows any kernel's signature.
@@ -35,6 +36,7 @@ from ..passes.view import arguments, value
 from ..runtime import load
 from ..runtime.ops import OPS, CanonicalOp
 from .capture import copy_module
+from .dump_native import native_files
 from .lower import KernelUse, set_target
 from .page import template
 from .report_print import group_sites
@@ -44,6 +46,14 @@ if TYPE_CHECKING:
     from .loaded import LoadedModule
 
 Node = torch.fx.Node
+_TRITON_WORDS = (
+    "`python check.py` compares `kernel.py` with `reference.py` on them. It needs torch and triton, nothing else;",
+    "where there is no GPU, Triton's interpreter runs the same text.",
+)
+_NATIVE_WORDS = (
+    "`python check.py` builds `kernel.cpp` and compares it with `reference.py` on them. It needs torch and a C++",
+    "compiler, nothing else.",
+)
 # Operands whose gradients a dump does not ask for: masks and biases are seldom trained.
 _NO_GRADIENT = ("bias", "shift")
 
@@ -95,7 +105,7 @@ def kernel_folders(compiled: CompiledModule | LoadedModule, backward: bool) -> I
 
 def _overview(compiled: CompiledModule | LoadedModule) -> str:
     lines = ["# Kernels", ""]
-    lines.append("Each folder runs on its own: `python check.py` needs torch and triton, and no GPU.")
+    lines.append("Each folder runs on its own: `python check.py` needs torch, and triton or a C++ compiler; no GPU.")
     reference: dict[tuple[str, str], int] = {}
     for row in compiled.report.kernels:
         if not row.digest:
@@ -212,8 +222,9 @@ def _record(op: CanonicalOp, example: _Example, target: str, backward: bool) -> 
             result = _call(op, named, target=target)
             if leaves:
                 generator = torch.Generator().manual_seed(1)
-                grad = torch.randn(result.shape, generator=generator).to(result)
-                torch.autograd.grad(result, leaves, grad, allow_unused=True)
+                results = result if isinstance(result, tuple | list) else [result]
+                grads = [torch.randn(one.shape, generator=generator).to(one) for one in results]
+                torch.autograd.grad(results, leaves, grads, allow_unused=True)
 
     with undisturbed():
         once()  # loads every kernel that the call needs
@@ -242,10 +253,12 @@ def _listening() -> Iterator[list[_Launch]]:
     original = dict(load._kernels)
     for key, kernel in original.items():
         load._kernels[key] = listen(kernel)
+    load.launches_changed()
     try:
         yield launches
     finally:
         load._kernels.update(original)
+        load.launches_changed()
 
 
 def _provenance(uses: list[KernelUse]) -> list[str]:
@@ -300,12 +313,17 @@ def _folder(
         "factor": 4.0 if is_backward else 1.0,
     }
     what = "the gradient of " if is_backward else ""
-    yield f"{folder}/kernel.py", kernel.text
+    native = kernel.target == "cpp"
+    for name, text in native_files(kernel) if native else [("kernel.py", kernel.text)]:
+        yield f"{folder}/{name}", text
     yield f"{folder}/spec.json", json.dumps(kernel.spec.to_dict(), indent=1, sort_keys=True) + "\n"
     yield f"{folder}/inputs.safetensors", safetensors.torch.save(store.tensors)
     yield f"{folder}/call.json", json.dumps(call, indent=1) + "\n"
     yield f"{folder}/reference.py", source
-    yield f"{folder}/check.py", template("check.py.jinja").render(kind=kernel.spec.kind, digest=kernel.digest[:8])
+    yield (
+        f"{folder}/check.py",
+        template("check.py.jinja").render(kind=kernel.spec.kind, digest=kernel.digest[:8], native=native),
+    )
     readme = [
         f"# {kernel.spec.kind}-{kernel.digest[:8]}",
         "",
@@ -314,8 +332,7 @@ def _folder(
         *(f"- {row}" for row in _provenance(uses)),
         "",
         f"`inputs.safetensors` holds the arguments of the first site, from {example.origin}.",
-        "`python check.py` compares `kernel.py` with `reference.py` on them. It needs torch and triton, nothing else;",
-        "where there is no GPU, Triton's interpreter runs the same text.",
+        *(_NATIVE_WORDS if native else _TRITON_WORDS),
         "",
     ]
     yield f"{folder}/README.md", "\n".join(readme)

@@ -202,16 +202,21 @@ def forget() -> None:
     with _lock:
         _kernels.clear()
         _key_locks.clear()
-    for callback in _on_forget:
-        callback()
+    launches_changed()
 
 
-_on_forget: list[Callable[[], None]] = []
+_launch_keepers: list[Callable[[], None]] = []
 
 
 def on_forget(callback: Callable[[], None]) -> None:
-    """Have ``callback`` called by :func:`forget`: for whoever keeps launches of loaded kernels."""
-    _on_forget.append(callback)
+    """Have ``callback`` called when loaded kernels change: for whoever keeps their launches."""
+    _launch_keepers.append(callback)
+
+
+def launches_changed() -> None:
+    """Make everybody who keeps launches of loaded kernels ask for them again."""
+    for callback in _launch_keepers:
+        callback()
 
 
 def _after_fork() -> None:

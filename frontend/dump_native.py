@@ -1,0 +1,27 @@
+"""The files by which a dumped native kernel runs on its own: its C++, its launcher, and what builds and joins them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from ..runtime import cpu
+from ..runtime.load import Kernel
+from ..runtime.targets import cpp
+from .page import template
+
+
+def native_files(kernel: Kernel) -> Iterator[tuple[str, str]]:
+    """(name, text) of ``kernel.cpp`` (the rendered source, unchanged), ``launcher.py`` and ``kernel.py``."""
+    yield "kernel.cpp", kernel.text
+    yield "launcher.py", inspect.getsource(cpp.launcher_of(kernel.spec.kind))
+    yield (
+        "kernel.py",
+        template("native_kernel.py.jinja").render(
+            kind=kernel.spec.kind,
+            entry=cpp.ENTRY,
+            flags=repr(cpp.FLAGS),
+            isa_flags={repr(name): repr(values) for name, values in cpu.FLAGS.items()},
+            isas="|".join(cpu.FLAGS),
+        ),
+    )
