@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import platform
@@ -150,6 +151,54 @@ def _compiler(name: str) -> Fact:
     return Fact(name, State.OK, f"{compiler.version}, {ran.stdout} OpenMP threads")
 
 
+_NATIVE_PROBE = """// Adds up the OpenMP threads, through ATen's headers and library.
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <omp.h>
+extern "C" void tilewright_launch(int threads, int* seen, float* tile) {
+  using Vec = at::vec::Vectorized<float>;
+  Vec(1.0f).store(tile);
+#pragma omp parallel num_threads(threads)
+#pragma omp atomic
+  *seen += 1;
+#if defined(CPU_CAPABILITY_AVX512)
+  at::native::cpublas::brgemm_release(false);
+#endif
+}
+"""
+
+
+def _native(name: str) -> Fact:
+    import ctypes
+
+    import torch
+
+    from . import cpu
+    from .targets import cpp
+
+    try:
+        isa, compiler = cpu.isa(), find_cxx()
+    except TilewrightError as error:
+        return Fact(name, State.LIMITED, str(error), "CPU sites run their reference form")
+    with tempfile.TemporaryDirectory(prefix="tilewright-doctor-") as folder:
+        (Path(folder) / "kernel.cpp").write_text(_NATIVE_PROBE)
+        for step in cpp.commands(compiler, isa):
+            built = subprocess.run(step, cwd=folder, capture_output=True, text=True, timeout=300)
+            if built.returncode != 0:
+                lines = built.stderr.strip().splitlines() or ["no message"]
+                remedy = "update the compiler (g++ 11, clang++ 14), or set TILEWRIGHT_CPU_ISA to a smaller set"
+                return Fact(name, State.LIMITED, f"{compiler.version} builds no {isa} kernel: {lines[0]}", remedy)
+        entry = ctypes.CDLL(str(Path(folder) / cpp.LIBRARY)).tilewright_launch
+        seen, tile = ctypes.c_int(0), (ctypes.c_float * 16)()
+        entry(ctypes.c_int(torch.get_num_threads()), ctypes.byref(seen), tile)
+    if tile[0] != 1.0 or seen.value != torch.get_num_threads():
+        found = f"{seen.value} threads ran where torch has {torch.get_num_threads()}"
+        return Fact(name, State.LIMITED, found, "please report this with the output of this command")
+    runtime = cpp.openmp_library()
+    shared = f", torch's {runtime.name}" if runtime is not None else ""
+    return Fact(name, State.OK, f"{isa} (this CPU runs {', '.join(cpu.supported())}), {seen.value} threads{shared}")
+
+
 def _gpu(name: str) -> Fact:
     import torch
 
@@ -210,8 +259,7 @@ def _settings(name: str) -> Fact:
         now = settings.from_environment()
     except BadArgument as error:
         return Fact(name, State.BROKEN, str(error), "correct or unset the variable")
-    known = ("CACHE_DIR", "NO_BUILD", "AUTOTUNE", "AUTOTUNE_SECONDS", "ANNOUNCE", "BUILD_JOBS", "LOCK_SECONDS")
-    names = {settings.PREFIX + key for key in known}
+    names = {settings.PREFIX + field.name.upper() for field in dataclasses.fields(now)}
     given = sorted(key for key in os.environ if key.startswith(settings.PREFIX))
     strangers = [key for key in given if key not in names]
     if strangers:
@@ -250,6 +298,7 @@ _CHECKS: tuple[tuple[str, Callable[[str], Fact]], ...] = (
     ("torch", _torch),
     ("triton", _triton),
     ("C++ compiler", _compiler),
+    ("native kernels", _native),
     ("GPU", _gpu),
     ("interpreter", _interpreter),
     ("cross-compilation", _cross),
