@@ -11,6 +11,8 @@ variable                       meaning                                          
 ``TILEWRIGHT_BUILD_JOBS``      kernels built at the same time                                           CPU count
 ``TILEWRIGHT_CPU_ISA``         instruction set of native kernels: amx, avx512, avx2, baseline, neon     auto
 ``TILEWRIGHT_LOCK_SECONDS``    longest wait for another process that builds the same kernel             600
+``TILEWRIGHT_POOL_LIMIT``      most bytes of freed memory that the pool keeps for new CPU tensors       memory / 4
+``TILEWRIGHT_FAST_CALLS``      0: launch native kernels from Python only (a few microseconds more)      1
 =============================  =======================================================================  ============
 
 A switch is ``1/true/yes/on`` or ``0/false/no/off``. Anything else raises :class:`~.errors.BadArgument` at first use.
@@ -22,7 +24,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +50,8 @@ class Settings:
     build_jobs: int = 1
     lock_seconds: float = 600.0
     cpu_isa: str = "auto"
+    pool_limit: int = 2**30
+    fast_calls: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache_dir", Path(self.cache_dir).expanduser().absolute())
@@ -57,6 +61,8 @@ class Settings:
                 raise BadArgument(f"{PREFIX}{name.upper()} is {value!r}: give a positive number of seconds")
         if self.cpu_isa not in CPU_ISAS:
             raise BadArgument(f"{PREFIX}CPU_ISA is {self.cpu_isa!r}: choose one of {', '.join(CPU_ISAS)}")
+        if self.pool_limit < 0:
+            raise BadArgument(f"{PREFIX}POOL_LIMIT is {self.pool_limit!r}: give a number of bytes, 0 to keep nothing")
         if self.build_jobs < 1:
             raise BadArgument(f"{PREFIX}BUILD_JOBS is {self.build_jobs!r}: give a whole number of at least 1")
 
@@ -64,6 +70,17 @@ class Settings:
 def default_cache_dir() -> Path:
     """The user's cache folder for Tilewright (``~/.cache/tilewright`` on Linux, ``XDG_CACHE_HOME`` respected)."""
     return Path(platformdirs.user_cache_dir("tilewright", appauthor=False))
+
+
+def _memory() -> int:
+    """Bytes of memory this process may use: the machine's, or less where its control group has a limit."""
+    found = [2**34]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            found.append(int(Path(path).read_text()))
+    return min(found)
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -90,9 +107,12 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         except ValueError:
             raise BadArgument(f"{PREFIX}{name} is {value!r}: give a number") from None
 
-    jobs = number("BUILD_JOBS", os.cpu_count() or 1)
-    if not float(jobs).is_integer():  # false for infinity and NaN too
-        raise BadArgument(f"{PREFIX}BUILD_JOBS is {jobs!r}: give a whole number")
+    def whole(name: str, default: int) -> int:
+        value = number(name, default)
+        if not float(value).is_integer():  # false for infinity and NaN too
+            raise BadArgument(f"{PREFIX}{name} is {value!r}: give a whole number")
+        return int(value)
+
     cache_dir = read("CACHE_DIR")
     return Settings(
         cache_dir=Path(cache_dir) if cache_dir else default_cache_dir(),
@@ -100,13 +120,16 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         autotune=switch("AUTOTUNE", False),
         autotune_seconds=number("AUTOTUNE_SECONDS", 2.0),
         announce=switch("ANNOUNCE", True),
-        build_jobs=int(jobs),
+        build_jobs=whole("BUILD_JOBS", os.cpu_count() or 1),
         lock_seconds=number("LOCK_SECONDS", 600.0),
+        pool_limit=whole("POOL_LIMIT", _memory() // 4),
+        fast_calls=switch("FAST_CALLS", True),
         cpu_isa=(read("CPU_ISA") or "auto").lower(),
     )
 
 
 _current: Settings | None = None
+_listeners: list[Callable[[], None]] = []
 
 
 def get() -> Settings:
@@ -121,7 +144,18 @@ def reload() -> Settings:
     """Forget what was read and read the environment again."""
     global _current
     _current = None
+    _changed()
     return get()
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Have ``listener`` called whenever other settings come into force."""
+    _listeners.append(listener)
+
+
+def _changed() -> None:
+    for listener in _listeners:
+        listener()
 
 
 @contextlib.contextmanager
@@ -136,7 +170,9 @@ def override(**changes: object) -> Iterator[Settings]:
     if unknown:
         raise BadArgument(f"there is no setting {unknown[0]!r}")
     _current = dataclasses.replace(before, **changes)  # type: ignore[arg-type]
+    _changed()
     try:
         yield _current
     finally:
         _current = before
+        _changed()
