@@ -26,6 +26,9 @@ def test_every_variable_is_read(tmp_path):
         "TILEWRIGHT_ANNOUNCE": "off",
         "TILEWRIGHT_BUILD_JOBS": "3",
         "TILEWRIGHT_LOCK_SECONDS": "7",
+        "TILEWRIGHT_CPU_ISA": "avx2",
+        "TILEWRIGHT_POOL_LIMIT": "4096",
+        "TILEWRIGHT_FAST_CALLS": "no",
     }
     assert settings.from_environment(given) == settings.Settings(
         cache_dir=tmp_path / "x",
@@ -35,6 +38,9 @@ def test_every_variable_is_read(tmp_path):
         announce=False,
         build_jobs=3,
         lock_seconds=7.0,
+        cpu_isa="avx2",
+        pool_limit=4096,
+        fast_calls=False,
     )
     # Every field has its variable: a new field without one fails here.
     assert len(given) == len(dataclasses.fields(settings.Settings))
