@@ -1,0 +1,82 @@
+"""Launch of the ``norm`` kernels: rms_norm and layer_norm, with or without a residual."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARGTYPES = (
+    ctypes.c_int,  # threads
+    *(ctypes.c_void_p,) * 6,  # x, residual, weight, bias, out, sum
+    ctypes.c_int64,  # n
+    ctypes.c_int64,  # rank
+    ctypes.c_void_p,  # layout
+    ctypes.c_double,  # eps
+    ctypes.c_double,  # weight_offset
+)
+MAX_RANK = 8
+MAX_LAYOUTS = 1024
+
+
+def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[int], torch.dtype], Tensor]) -> Any:
+    """``launch(x, residual, weight, bias, eps, weight_offset) -> (out, sum)``; sum is empty unless the spec keeps it.
+
+    x, residual: (..., n), any strides. weight, bias: n elements, contiguous, or None.
+    """
+    in_dtype, out_dtype = getattr(torch, spec["in_dtype"]), getattr(torch, spec["out_dtype"])
+    added, keep_sum = spec["residual"], spec["keep_sum"]
+    layouts: dict[Any, Any] = {}
+
+    def layout_of(shape: Sequence[int], *strides: Sequence[int]) -> Any:
+        """The C array of batch sizes and strides; None where the kernel cannot walk the rows."""
+        walkable = len(shape) - 1 <= MAX_RANK and all(s[-1] == 1 or shape[-1] <= 1 for s in strides)
+        numbers = [*shape[:-1], *(step for s in strides for step in s[:-1])]
+        if len(layouts) >= MAX_LAYOUTS:
+            layouts.clear()
+        return (ctypes.c_int64 * max(len(numbers), 1))(*numbers) if walkable else None
+
+    def launch(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        weight_offset: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        shape, steps = x.shape, x.stride()
+        if added:
+            assert residual is not None
+            key = shape, steps, residual.stride()
+        else:
+            key = shape, steps
+        layout = layouts.get(key, layouts)
+        if layout is layouts:
+            layout = layouts[key] = layout_of(*key)
+        if layout is None:
+            x = x.contiguous().view(-1, shape[-1])
+            residual = None if residual is None else residual.contiguous().view(-1, shape[-1])
+            out, total = launch(x, residual, weight, bias, eps, weight_offset)
+            return out.view(shape), total.view(shape) if keep_sum else total
+        out = empty(shape, out_dtype)
+        total = empty(shape if keep_sum else (0,), in_dtype)
+        function(
+            torch.get_num_threads(),
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            total.data_ptr(),
+            shape[-1],
+            len(shape) - 1,
+            layout,
+            eps,
+            weight_offset,
+        )
+        return out, total
+
+    return launch
