@@ -17,7 +17,7 @@ from mypy import api
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build" / "types"
-STAGES = ("frontend", "passes", "runtime", "codegen")
+STAGES = ("frontend", "passes", "runtime", "codegen", "benchmarks")
 
 
 def build_tree() -> Path:

@@ -14,11 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # A stage may import the stages after it, never those before it.
 STAGES = ("frontend", "passes", "runtime", "codegen")
 ALLOWED = {stage: set(STAGES[i:]) for i, stage in enumerate(STAGES)}
+# The benchmarks stand outside: they may import every stage, and of the stages only this command's file imports them.
+BENCHMARKS, THEIR_COMMAND = "benchmarks", Path("frontend/cli_bench.py")
+FOLDERS = (*STAGES, BENCHMARKS)
 LONGEST = 500
 
 
 def stage_files() -> list[Path]:
-    return sorted(path for stage in STAGES for path in (ROOT / stage).rglob("*.py"))
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def project_files() -> list[Path]:
@@ -72,15 +75,19 @@ def violations(source: str, relative: Path) -> list[str]:
     wrong = []
     for line, name in imported_modules(source, package):
         parts = name.split(".")
-        if parts[0] in STAGES and (ROOT / parts[0]).is_dir():
+        if parts[0] in FOLDERS and (ROOT / parts[0]).is_dir():
             wrong.append(f"{relative}:{line} imports {name}: write tilewright.{name}, or a relative import")
+        elif stage == BENCHMARKS:
+            continue
+        elif parts[:2] == ["tilewright", BENCHMARKS] and relative != THEIR_COMMAND:
+            wrong.append(f"{relative}:{line} imports {name}: only {THEIR_COMMAND} imports the benchmarks")
         elif parts[0] == "tilewright" and len(parts) > 1 and parts[1] in STAGES and parts[1] not in ALLOWED[stage]:
             wrong.append(f"{relative}:{line} imports {name}: {stage} comes after {parts[1]}")
     return wrong
 
 
 def test_there_are_stage_files() -> None:
-    assert {path.relative_to(ROOT).parts[0] for path in stage_files()} == set(STAGES)
+    assert {path.relative_to(ROOT).parts[0] for path in stage_files()} == set(FOLDERS)
 
 
 def test_arrows_point_one_way() -> None:
@@ -103,6 +110,11 @@ def test_arrows_point_one_way() -> None:
         ("passes/base.py", "from .. import frontend", False),
         ("passes/base.py", "from ..runtime import errors", True),
         ("frontend/raising/rules.py", "from ...passes.base import Decline", True),
+        ("frontend/cli_bench.py", "from ..benchmarks import harness", True),
+        ("frontend/cli.py", "from ..benchmarks import harness", False),
+        ("runtime/load.py", "import tilewright.benchmarks.measure", False),
+        ("benchmarks/suites/softmax.py", "from ...runtime.ops import softmax", True),
+        ("benchmarks/harness.py", "from benchmarks import record", False),
     ],
 )
 def test_a_wrong_import_is_seen(file: str, source: str, ok: bool) -> None:

@@ -1,0 +1,114 @@
+"""Contenders from torch itself and from optional packages. A missing package is a word in the row, not an error."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .harness import Skip
+from .measure import Call
+
+INSTALL = "pip install 'tilewright[bench]'"
+
+
+def need(module: str, install: str = INSTALL) -> Any:
+    """The module, or :class:`Skip` with how to get it."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise Skip(f"{module} is not installed: {install}")
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise Skip(f"{module} does not import: {str(error).splitlines()[0]}") from error
+
+
+def inductor(function: Callable[..., Any], *, dynamic: bool | None = False, freezing: bool = False) -> Any:
+    """``torch.compile``. freezing: weights become constants that may be laid out anew, for inference only."""
+    options = {"freezing": True} if freezing else None
+    return torch.compile(function, dynamic=dynamic, options=options)
+
+
+def call_model(model: Any, kwargs: dict[str, Any]) -> Call:
+    """The first tensor of ``model(**kwargs)``: last hidden states or logits."""
+
+    def call() -> Tensor:
+        return first_tensor(model(**kwargs))
+
+    return call
+
+
+def first_tensor(out: Any) -> Tensor:
+    if isinstance(out, Tensor):
+        return out
+    for name in ("logits", "last_hidden_state"):
+        if getattr(out, name, None) is not None:
+            return getattr(out, name)
+    return out[0]
+
+
+# OpenVINO
+
+
+class _FirstOutput(torch.nn.Module):
+    """Positional inputs and one tensor out: what OpenVINO's converter traces without trouble."""
+
+    def __init__(self, model: torch.nn.Module, names: tuple[str, ...], constants: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.names, self.constants = model, names, constants
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return first_tensor(self.model(**dict(zip(self.names, inputs, strict=True)), **self.constants))
+
+
+@functools.cache
+def _core(threads: int) -> Any:
+    core = need("openvino").Core()
+    core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"})
+    return core
+
+
+def openvino_model(model: torch.nn.Module, kwargs: dict[str, Any], precision: str, threads: int) -> Call:
+    """The float32 ``model`` converted for these very shapes; precision: "f32" or "bf16", OpenVINO's inference hint.
+
+    The call takes the numpy views of the inputs and gives the first output as a tensor.
+    """
+    openvino = need("openvino")
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    constants = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+    wrapped = _FirstOutput(model, tuple(tensors), constants).eval()
+    example = tuple(tensors.values())
+    with torch.no_grad():
+        exported = torch.export.export(wrapped, example, strict=False)
+    converted = openvino.convert_model(exported)
+    compiled = _core(threads).compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    request = compiled.create_infer_request()
+    arrays = {number: value.numpy() for number, value in enumerate(example)}
+
+    def call() -> Tensor:
+        request.infer(arrays, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(request.get_output_tensor(0).data)
+
+    return call
+
+
+# llama.cpp
+
+
+def llama_cpp(path: Path, threads: int, length: int) -> Any:
+    """A ``llama_cpp.Llama`` on the GGUF file, with a context of ``length`` tokens and logits of every position."""
+    package = need("llama_cpp", "pip install llama-cpp-python (with gcc 12 build it without AMX)")
+    return package.Llama(
+        str(path),
+        n_ctx=length,
+        n_batch=512,
+        n_threads=threads,
+        n_threads_batch=threads,
+        logits_all=False,
+        verbose=False,
+    )

@@ -1,0 +1,130 @@
+"""Whole models on the CPU, exact passes only: MiniLM and SmolLM2's prefill beside eager, torch.compile and OpenVINO.
+
+Also the first call: from a loaded model to its first output in a new process, with all compilers' caches empty (cold)
+and with those of an earlier process (warm).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import first_call
+from ..harness import Case, Contender, Problem, Suite, Timed
+from ..machine import dtype_name
+from ..measure import Call, Limits
+from ..peers import call_model, openvino_model
+from ..record import Kind
+from . import _models
+
+SHAPES = {"minilm": ((32, 128), (1, 128), (8, 512)), "smollm2": ((1, 512), (1, 2048))}
+QUICK = {("minilm", 1, 128), ("minilm", 32, 128), ("smollm2", 1, 512)}
+
+
+def problem(name: str, batch: int, length: int, dtype: torch.dtype) -> Problem:
+    model = _models.loaded(name, dtype).model
+    exact = _models.loaded(name, torch.float32).model
+    kwargs = _models.model_inputs(name, batch, length)
+    mask = kwargs.get("attention_mask")
+
+    def sample(out: Tensor) -> Tensor:
+        return out[mask.bool()] if mask is not None else out
+
+    def openvino() -> Call:
+        precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+        return openvino_model(exact, kwargs, precision, torch.get_num_threads())
+
+    return Problem(
+        "ours",
+        [
+            Contender("eager", Kind.PEER, make=lambda: _models.eager(model, kwargs)),
+            Contender("compile", Kind.PEER, make=lambda: _models.compiled(model, kwargs)),
+            Contender("openvino", Kind.PEER, make=openvino, output="reused"),
+            Contender("ours", Kind.OURS, make=lambda: _models.ours(model, kwargs)),
+        ],
+        lambda: sample(call_model(exact, kwargs)()),
+        _models.BOUND[dtype],
+        sample,
+        bytes=_models.parameter_bytes(model),
+        flops=_models.operations(exact, kwargs),
+        traffic="read",
+        dtype=dtype_name(dtype),
+        items=batch * length,
+        item="tokens",
+    )
+
+
+@functools.cache
+def _folder() -> Path:
+    """Compilers' caches of this run; removed when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="tilewright-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def first(name: str, batch: int, length: int, dtype: torch.dtype, warm: bool, rounds: int) -> Problem:
+    exact = _models.loaded(name, torch.float32).model
+    kwargs = _models.model_inputs(name, batch, length)
+    count = iter(range(1000))
+
+    def run(way: str, label: str) -> Timed:
+        caches = _folder() / f"{name}-{dtype_name(dtype)}-{batch}x{length}-{way}-{label}"
+        threads = torch.get_num_threads()
+        return first_call.measure(name, dtype_name(dtype), batch, length, way, threads, caches)
+
+    def process(way: str) -> Call:
+        if not warm:
+            return lambda: run(way, f"cold-{next(count)}")
+        run(way, "warm")  # fills the caches
+        return lambda: run(way, "warm")
+
+    return Problem(
+        "ours",
+        [
+            Contender(way, Kind.OURS if way == "ours" else Kind.PEER, make=lambda w=way: process(w))
+            for way in first_call.WAYS
+        ],
+        lambda: call_model(exact, kwargs)(),
+        _models.BOUND[dtype],
+        rounds=rounds,
+        note="seconds from the loaded model to the first output, in a new process",
+    )
+
+
+def cases() -> list[Case]:
+    found = []
+    for name, shapes in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for batch, length in shapes:
+                params = {"model": name, "dtype": dtype_name(dtype), "batch": batch, "length": length}
+                found.append(
+                    Case(
+                        f"{name}/{dtype_name(dtype)}/{batch}x{length}",
+                        params,
+                        functools.partial(problem, name, batch, length, dtype),
+                        quick=(name, batch, length) in QUICK and dtype is torch.bfloat16,
+                        limits=Limits(seconds=6.0, least_rounds=3) if name == "smollm2" else None,
+                    )
+                )
+    for name, batch, length, rounds in (("minilm", 1, 128, 3), ("smollm2", 1, 512, 1)):
+        for warm in (False, True):
+            kind = "warm" if warm else "cold"
+            params = {"model": name, "dtype": "float32", "batch": batch, "length": length, "caches": kind}
+            make = functools.partial(first, name, batch, length, torch.float32, warm, rounds)
+            found.append(Case(f"first-call/{name}/{kind}", params, make))
+    return found
+
+
+SUITE = Suite(
+    "models",
+    "MiniLM and SmolLM2 (prefill, logits of the last token), exact passes only; and the first call in a new process.",
+    cases,
+    headline=("minilm/*", "smollm2/*", "first-call/*"),
+    plot_panels=("model", "dtype"),
+)
