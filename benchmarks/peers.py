@@ -101,14 +101,7 @@ def openvino_model(model: torch.nn.Module, kwargs: dict[str, Any], precision: st
 
 
 def llama_cpp(path: Path, threads: int, length: int) -> Any:
-    """A ``llama_cpp.Llama`` on the GGUF file, with a context of ``length`` tokens and logits of every position."""
+    """A ``llama_cpp.Llama`` on the GGUF file, with a context of ``length`` tokens, the last position's logits only."""
     package = need("llama_cpp", "pip install llama-cpp-python (with gcc 12 build it without AMX)")
-    return package.Llama(
-        str(path),
-        n_ctx=length,
-        n_batch=512,
-        n_threads=threads,
-        n_threads_batch=threads,
-        logits_all=False,
-        verbose=False,
-    )
+    many = {"n_threads": threads, "n_threads_batch": threads}
+    return package.Llama(str(path), n_ctx=length, n_batch=512, logits_all=False, verbose=False, **many)

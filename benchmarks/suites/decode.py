@@ -22,6 +22,7 @@ from . import _models
 from .attention import BOUND, Sample, ours
 
 PROMPT, STEPS, CONTEXT = 128, 16, 256
+GGUF_BYTES, GGUF_BOUND = 92_000_000, Bound(0.2, largest=True)  # its activations are rounded to 8 bits, too
 # (keys, query heads, key heads, head dim)
 SHAPES = tuple(
     (keys, *heads) for keys in (1024, 4096, 32768, 131072) for heads in ((8, 8, 64), (9, 3, 64), (32, 8, 128))
@@ -115,9 +116,7 @@ def decode(dtype: torch.dtype) -> Problem:
                 Kind.PEER,
                 make=lambda: Steps(model, inductor(model, freezing=True), tokens, static=True),
             ),
-            Contender(
-                "llama.cpp, 4-bit", Kind.PEER, make=llama, bytes=STEPS * 92_000_000, bound=Bound(0.2, largest=True)
-            ),
+            Contender("llama.cpp, 4-bit", Kind.PEER, make=llama, bytes=STEPS * GGUF_BYTES, bound=GGUF_BOUND),
             Contender("ours", Kind.OURS, make=own),
         ],
         lambda: first_tensor(exact(input_ids=tokens, use_cache=False, logits_to_keep=STEPS)),

@@ -114,7 +114,7 @@ def problem(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Problem:
             Contender("ours", Kind.OURS, make=ours),
         ],
         lambda: eager(*(t.double() for t in tensors)),
-        # The reference is eager in float64; an op's table speaks of the reference in its own dtype, rounded step by step.
+        # The reference is eager in float64; an op's table speaks of the reference in its own dtype.
         Bound(4 * max(tolerance.atol, tolerance.rtol), 4 * tolerance.rtol),
         bytes=moved,
         flops=2 * tensors[0].numel() * tensors[1].shape[0] if linear else 0,
