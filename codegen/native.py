@@ -14,3 +14,11 @@ class MemoryPoolSpec(KernelSpec):
 
     kind: ClassVar[str] = "memory_pool"
     templates: ClassVar[dict[str, str]] = {"cpp": "cpp/memory_pool.cpp.jinja"}
+
+
+@dataclass(frozen=True)
+class FastCallSpec(KernelSpec):
+    """The dispatcher kernel that launches native kernels without entering Python (runtime/fast_call.py)."""
+
+    kind: ClassVar[str] = "fast_call"
+    templates: ClassVar[dict[str, str]] = {"cpp": "cpp/fast_call.cpp.jinja"}

@@ -54,6 +54,7 @@ class _Order:
 
 
 _kernels: dict[tuple[KernelSpec, str], Kernel] = {}
+_forget_listeners: list[Callable[[], None]] = []
 _lock = threading.Lock()
 _key_locks: dict[tuple[KernelSpec, str], threading.RLock] = {}
 

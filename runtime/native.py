@@ -36,25 +36,40 @@ class NativeModule(Generic[Made]):
         self._without = without
         self._lock = threading.RLock()
         self._builder: threading.Thread | None = None
+        self._missing = False
         settings.on_change(self._retry)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
 
     def _retry(self) -> None:
         self.problem = None
+        self._missing = False
 
     def _after_fork(self) -> None:
         self._lock = threading.RLock()
         self._builder = None
 
-    def get(self) -> Made | None:
-        """What :meth:`make` made, or None while it is being built or when it cannot be. Never waits for a build."""
+    def get(self, start: bool = True) -> Made | None:
+        """What :meth:`make` made, or None while it is being built or when it cannot be. Never waits for a build.
+
+        start: build it in the background when it is not in the cache. Without, the cache is looked at once only.
+        """
         if self.made is not None or self.problem is not None or self._builder is not None:
             return self.made
-        with self._lock:
+        if self._missing and not start:
+            return None
+        if not self._lock.acquire(blocking=False):  # somebody is waiting for a build
+            return self.made
+        try:
             if self._builder is None and not self._open(build=False):
-                self._builder = threading.Thread(target=self._build, name=f"tilewright-{self.spec.kind}", daemon=True)
-                self._builder.start()
+                self._missing = True
+                if start:
+                    self._builder = threading.Thread(
+                        target=self._build, name=f"tilewright-{self.spec.kind}", daemon=True
+                    )
+                    self._builder.start()
+        finally:
+            self._lock.release()
         return self.made
 
     def wait(self) -> Made | None:

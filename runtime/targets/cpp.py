@@ -98,7 +98,7 @@ class CppTarget:
     def open(self, folder: Path, spec: KernelSpec, text: str, digest: str) -> Callable[..., Any]:
         import torch  # noqa: F401 - its libraries have to be in the process first
 
-        from .. import memory
+        from .. import memory, plans
 
         launcher = launcher_of(spec.kind)
         try:
@@ -107,8 +107,8 @@ class CppTarget:
             raise BuildError(f"the {spec.kind} kernel in {folder} cannot be loaded: {error}") from error
         function.argtypes = launcher.ARGTYPES
         function.restype = None
-        launch: Callable[..., Any] = launcher.make_launch(function, dataclasses.asdict(spec), memory.empty)
-        return launch
+        fields = dataclasses.asdict(spec)
+        return plans.remember(launcher.make_launch(function, fields, memory.empty), launcher, function, fields)
 
     def device(self) -> str | None:
         return f"{_cpu_name()} ({cpu.isa()})"
