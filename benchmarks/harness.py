@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..runtime import settings
 from ..runtime.errors import BadArgument, UnsupportedKernel
 from . import machine
 from .measure import QUICK, Call, Limits, clock_for, race
@@ -208,16 +209,17 @@ def run_suite(suite: Suite, options: Options) -> tuple[Record, Path]:
         peaks=machine.measure_peaks(suite.device, options.quick, options.tell),
     )
     path = options.output or results_folder() / file_name(record)
-    for number, case in enumerate(chosen):
-        if options.budget and time.perf_counter() - begin > options.budget:
-            record.options["left_out"] = [late.name for late in chosen[number:]]
-            break
-        options.tell(f"{suite.name} {number + 1}/{len(chosen)}: {case.name}")
-        row = run_case(case, suite.device, record, case.limits or limits)
-        record.rows.append(row)
-        record.seconds = time.perf_counter() - begin
-        write(record, path)
-        options.show(row)
+    with settings.override(autotune=options.tune):
+        for number, case in enumerate(chosen):
+            if options.budget and time.perf_counter() - begin > options.budget:
+                record.options["left_out"] = [late.name for late in chosen[number:]]
+                break
+            options.tell(f"{suite.name} {number + 1}/{len(chosen)}: {case.name}")
+            row = run_case(case, suite.device, record, QUICK if options.quick else case.limits or limits)
+            record.rows.append(row)
+            record.seconds = time.perf_counter() - begin
+            write(record, path)
+            options.show(row)
     record.complete = True
     record.seconds = time.perf_counter() - begin
     write(record, path)
@@ -352,8 +354,9 @@ def _timed_entries(row: Row, problem: Problem) -> None:
         row.entries.append(entry)
         try:
             calls[contender.name] = contender.ready()
-        except (Skip, UnsupportedKernel) as error:
-            entry.state, entry.word = State.SKIPPED, first_line(error)
+        except (Skip, *ERRORS) as error:
+            skipped = isinstance(error, Skip | UnsupportedKernel)
+            entry.state, entry.word = State.SKIPPED if skipped else State.FAILED, first_line(error)
     for _ in range(problem.rounds):
         order = list(calls)
         draw.shuffle(order)

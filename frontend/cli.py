@@ -1,4 +1,4 @@
-"""The command line: ``tilewright doctor | passes | explain | dump | render | cache | demo``.
+"""The command line: ``tilewright doctor | passes | explain | dump | bench | render | cache | demo``.
 
 torch and the stages are imported inside the commands, so that ``--help`` is quick.
 """
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from . import cli_models
+from . import cli_bench, cli_models
 from .cli_output import EXIT_FOUND_BAD, AsJson, Commands, err, out, print_json, progress, size_text
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ cache_app = typer.Typer(no_args_is_help=True, help="The kernel cache: what is in
 app.add_typer(cache_app, name="cache")
 app.command()(cli_models.explain)
 app.command()(cli_models.dump)
+app.command()(cli_bench.bench)
 
 _STATES = {"ok": "green", "limited": "yellow", "broken": "red"}
 
