@@ -206,7 +206,10 @@ class AttentionBackwardSpec(_AttentionSpec):
     """
 
     kind: ClassVar[str] = "attention_backward"
-    templates: ClassVar[dict[str, str]] = {"triton": "triton/attention_backward.py.jinja"}
+    templates: ClassVar[dict[str, str]] = {
+        "triton": "triton/attention_backward.py.jinja",
+        "cpp": "cpp/attention_backward.cpp.jinja",
+    }
 
     grad_bias: bool = False
     grad_bias_rows: bool = True
