@@ -23,9 +23,9 @@ MAX_LAYOUTS = 1024
 
 
 def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[int], torch.dtype], Tensor]) -> Any:
-    """``launch(x, residual, weight, bias, eps, weight_offset) -> (out, sum)``; sum is empty unless the spec keeps it.
+    """``launch(x, residual, weight, bias, eps, weight_offset) -> out``, and the sum where the spec keeps it.
 
-    x, residual: (..., n), any strides. weight, bias: n elements, contiguous, or None.
+    x, residual: (..., n), any strides. weight, bias: n elements, or None.
     """
     in_dtype, out_dtype = getattr(torch, spec["in_dtype"]), getattr(torch, spec["out_dtype"])
     added, keep_sum = spec["residual"], spec["keep_sum"]
@@ -46,7 +46,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         bias: Tensor | None,
         eps: float,
         weight_offset: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Any:
         shape, steps = x.shape, x.stride()
         if added:
             assert residual is not None
@@ -59,10 +59,12 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         if layout is None:
             x = x.contiguous().view(-1, shape[-1])
             residual = None if residual is None else residual.contiguous().view(-1, shape[-1])
-            out, total = launch(x, residual, weight, bias, eps, weight_offset)
-            return out.view(shape), total.view(shape) if keep_sum else total
+            results = launch(x, residual, weight, bias, eps, weight_offset)
+            return tuple(result.view(shape) for result in results) if keep_sum else results.view(shape)
+        weight = weight if weight is None or weight.is_contiguous() else weight.contiguous()
+        bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         out = empty(shape, out_dtype)
-        total = empty(shape if keep_sum else (0,), in_dtype)
+        total = empty(shape, in_dtype) if keep_sum else None
         function(
             torch.get_num_threads(),
             x.data_ptr(),
@@ -70,13 +72,13 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
             None if weight is None else weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
-            total.data_ptr(),
+            None if total is None else total.data_ptr(),
             shape[-1],
             len(shape) - 1,
             layout,
             eps,
             weight_offset,
         )
-        return out, total
+        return out if total is None else (out, total)
 
     return launch

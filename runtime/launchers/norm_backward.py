@@ -26,9 +26,9 @@ MAX_BLOCKS = 64
 
 
 def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[int], torch.dtype], Tensor]) -> Any:
-    """``launch(grad, x, extra, weight, eps, weight_offset) -> (dx, dweight, dbias)``; a gradient of what is None is empty.
+    """``launch(grad, x, extra, weight, eps, weight_offset) -> (dx, dweight, dbias)``; of what is None, empty.
 
-    grad, x, extra: (..., n), any strides. weight: n elements, contiguous, or None. dweight, dbias: (n,).
+    grad, x, extra: (..., n), any strides. weight: n elements, or None. dweight, dbias: (n,).
     """
     in_dtype = getattr(torch, spec["in_dtype"])
     weight_dtype = None if spec["weight"] == "none" else getattr(torch, spec["weight"])
@@ -56,6 +56,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
             flat = [None if t is None else t.contiguous().view(-1, n) for t in (grad, x, extra)]
             dx, dweight, dbias = launch(*flat, weight, eps, weight_offset)
             return dx.view(shape), dweight, dbias
+        weight = weight if weight is None or weight.is_contiguous() else weight.contiguous()
         rows = x.numel() // n if n else 0
         blocks = -(-rows // max(16, -(-rows // MAX_BLOCKS)))
         dx = empty(shape, in_dtype)

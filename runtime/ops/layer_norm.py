@@ -7,7 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .registry import Tolerance, canonical, reference_only
+from ...codegen.norm import NormSpec
+from ..errors import UnsupportedKernel
+from . import norm_kernel
+from .native import check_native
+from .registry import Tolerance, canonical
 
 
 def reference(
@@ -34,8 +38,43 @@ def _composite(
     *,
     target: str = "reference",
 ) -> Tensor:
-    reference_only("layer_norm", target)
-    return torch.layer_norm(x, normalized_shape, weight, bias, eps)
+    if target == "reference":
+        return torch.layer_norm(x, normalized_shape, weight, bias, eps)
+    check_shapes(x, normalized_shape, weight, bias)
+    rows = [t if t is None else flat(t, normalized_shape) for t in (x, weight, bias)]
+    forward = torch.ops.tilewright.norm_forward
+    return forward(rows[0], None, *rows[1:], eps, 0.0, True, False, target).view(x.shape)
+
+
+def flat(tensor: Tensor, normalized_shape: Sequence[int]) -> Tensor:
+    """The trailing ``normalized_shape`` of a tensor as one dimension."""
+    return tensor if len(normalized_shape) == 1 else tensor.flatten(tensor.dim() - len(normalized_shape))
+
+
+def spec(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    target: str = "cpp",
+) -> NormSpec:
+    """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none."""
+    check_native("layer_norm", target, x=x, weight=weight, bias=bias)
+    check_shapes(x, normalized_shape, weight, bias)
+    rows = [t if t is None else flat(t, normalized_shape) for t in (x, weight, bias)]
+    flags = {"centred": True, "round_before_weight": False, "keep_sum": False}
+    assert rows[0] is not None
+    return norm_kernel.spec("layer_norm", rows[0], None, *rows[1:], **flags, target=target)
+
+
+def check_shapes(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise UnsupportedKernel unless x ends in ``normalized_shape`` and weight and bias have exactly it."""
+    wanted = tuple(normalized_shape)
+    fits = bool(wanted) and tuple(x.shape[-len(wanted) :]) == wanted
+    if not fits or any(t is not None and tuple(t.shape) != wanted for t in (weight, bias)):
+        raise UnsupportedKernel(f"x, weight or bias do not have the normalized shape {wanted}")
 
 
 # Computed in float32 for half dtypes and rounded once: eps/2, doubled. x - mean cancels: the error of the mean is
@@ -52,4 +91,5 @@ op = canonical(
         torch.bfloat16: Tolerance(32 * 2.0**-23, 2.0**-7),
         torch.float16: Tolerance(32 * 2.0**-23, 2.0**-10),
     },
+    spec=spec,
 )

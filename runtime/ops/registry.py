@@ -43,7 +43,7 @@ class CanonicalOp:
 
     name: str
     overload: Any
-    reference: Callable[..., torch.Tensor]
+    reference: Callable[..., Any]
     tolerance: Mapping[torch.dtype, Tolerance]
     spec: Callable[..., Any] | None = None
 
@@ -56,8 +56,8 @@ HELPERS: dict[str, Any] = {}
 def canonical(
     schema: str,
     *,
-    reference: Callable[..., torch.Tensor],
-    composite: Callable[..., torch.Tensor],
+    reference: Callable[..., Any],
+    composite: Callable[..., Any],
     tolerance: Mapping[torch.dtype, Tolerance],
     spec: Callable[..., Any] | None = None,
 ) -> CanonicalOp:

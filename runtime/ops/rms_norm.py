@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .registry import Tolerance, canonical, reference_only
+from ...codegen.norm import NormSpec
+from . import norm_kernel
+from .registry import Tolerance, canonical
 
 
 def reference(
@@ -40,9 +42,25 @@ def _composite(
     round_before_weight: bool = False,
     target: str = "reference",
 ) -> Tensor:
-    # The explicit form is what models write, so raising changes no bit; Inductor fuses it into one loop.
-    reference_only("rms_norm", target)
-    return reference(x, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
+    if target == "reference":
+        # The explicit form is what models write, so raising changes no bit; Inductor fuses it into one loop.
+        return reference(x, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
+    forward = torch.ops.tilewright.norm_forward
+    return forward(x, None, weight, None, eps, weight_offset, False, round_before_weight, target)
+
+
+def spec(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    target: str = "cpp",
+) -> NormSpec:
+    """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none."""
+    flags = {"centred": False, "round_before_weight": round_before_weight, "keep_sum": False}
+    return norm_kernel.spec("rms_norm", x, None, weight, None, **flags, target=target)
 
 
 # float32: the mean is a vectorised sum (a few units in the last place), then rsqrt, two products: 8 eps covers it, and
@@ -59,4 +77,5 @@ op = canonical(
         torch.bfloat16: Tolerance(0.0, 2 * 2.0**-7),
         torch.float16: Tolerance(2.0**-24, 2 * 2.0**-10),
     },
+    spec=spec,
 )
