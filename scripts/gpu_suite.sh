@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the tests marked gpu, then every benchmark, in one call.
+# On a machine with a GPU: the tests marked gpu, then every GPU suite of the benchmarks, in one call.
 #
 #   bash scripts/gpu_suite.sh              results in benchmarks/results/, or in $OUT where that is set
 #   PYTHON=python3.12 bash scripts/gpu_suite.sh
+#   QUICK=1 bash scripts/gpu_suite.sh      few rows and rounds
 #
 # Needs torch with CUDA or ROCm, triton, jinja2, sympy, networkx, typer, rich, safetensors, filelock, platformdirs,
-# pytest and hypothesis; transformers only for the tests that use it. Nothing is installed. A benchmark that fails
-# does not keep the others from running; the exit code tells that something failed.
+# matplotlib, pytest and hypothesis; transformers only for the tests that use it. Nothing is installed. A suite that
+# fails does not keep the others from running; the exit code tells that something failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${PYTHON:-}" ]; then
@@ -37,17 +38,9 @@ elif [ "$status" -ne 0 ]; then
   failed=1
 fi
 
-shopt -s nullglob
-marker="$(mktemp)"
-for benchmark in benchmarks/gpu_*.py; do
-  name="$(basename "$benchmark" .py)"
-  echo "== $benchmark"
-  "$PYTHON" "$benchmark" 2>&1 | tee "$results/$name.log"
-  [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "$benchmark failed"; failed=1; }
+for suite in gpu-softmax gpu-attention; do
+  echo "== $suite"
+  "$PYTHON" -m tilewright bench "$suite" ${QUICK:+--quick} --plots "$results" 2>&1 | tee "$results/$suite.log"
+  [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "$suite failed"; failed=1; }
 done
-# A benchmark that knows only its own folder leaves its results there.
-if [ "$results" != "$PWD/benchmarks/results" ]; then
-  find benchmarks/results -type f -newer "$marker" -exec cp {} "$results/" \;
-fi
-rm -f "$marker"
 exit "$failed"

@@ -69,8 +69,8 @@ class Steps:
         if self.static:
             for layer in self.cache.layers:
                 layer.cumulative_length.fill_(PROMPT)
-        else:
-            self.cache.crop(PROMPT)
+        elif extra := self.cache.get_seq_length() - PROMPT:
+            self.cache.crop(-extra)
         steps = [self.forward(input_ids=t, past_key_values=self.cache, use_cache=True) for t in self.tokens]
         return torch.cat([first_tensor(out) for out in steps], dim=1)
 

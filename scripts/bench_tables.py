@@ -1,0 +1,99 @@
+"""Write what the benchmarks measured into the pages, from the JSON files of benchmarks/results and from nothing else.
+
+``python scripts/bench_tables.py`` rewrites the table in README.md, the whole tables in docs/benchmarks.md and the
+pictures in docs/benchmarks/; ``--check`` only says whether the pages are up to date. A table stands between
+``<!-- table: NAME -->`` and ``<!-- end: NAME -->``, as those of doc_tables.py do.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tilewright.benchmarks import harness, plots, record, tables
+from tilewright.benchmarks.record import Record
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs" / "benchmarks"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from doc_tables import updated  # noqa: E402
+
+DEVICES = ("cpu", "cuda")
+NONE = "No run is on file yet: `tilewright bench SUITE` makes one."
+
+
+def runs(folder: Path = RESULTS) -> list[Record]:
+    """The newest whole run of each suite, CPU first."""
+    return [run for device in DEVICES for _, run in sorted(record.latest(folder, device).items())]
+
+
+def headline(found: list[Record]) -> str:
+    """The README's table: the rows that each suite names, and what a suite's rows come to in all."""
+    known = harness.suites()
+    lines = [["", "ours", "best peer", "best peer / ours", "of the machine's limit"]]
+    for run in found:
+        suite = known.get(run.suite)
+        if suite is None:
+            continue
+        shown = [row for row in run.rows if any(harness.matches(row.name, one) for one in suite.headline)]
+        for row in shown:
+            best, own, versus = row.best(), row.own, row.versus_best()
+            lines.append(
+                [
+                    f"{run.suite} `{row.name}`",
+                    tables.speed_text(row, own) if own is not None else tables.not_timed(row),
+                    f"{best.name}, {tables.speed_text(row, best)}" if best is not None else tables.NOTHING,
+                    tables.ratio_text(versus[1]) if versus else tables.NOTHING,
+                    tables.share_text(row.floor_share(row.ours)),
+                ]
+            )
+    if len(lines) == 1:
+        return NONE
+    sentences = [f"- `{run.suite}`: {tables.overview(run)}" for run in found if run.suite in known]
+    machines = sorted({tables.conditions(run) for run in found})
+    return "\n\n".join(
+        [tables.markdown(lines), "\n".join(sentences), "\n".join(f"Measured on: {m}." for m in machines)]
+    )
+
+
+def whole(found: list[Record]) -> str:
+    """docs/benchmarks.md: every row of every suite."""
+    known = harness.suites()
+    parts = []
+    for run in found:
+        suite = known.get(run.suite)
+        picture = f"![{run.suite}](benchmarks/{picture_name(run)})" if suite is not None else ""
+        about = suite.about if suite is not None else ""
+        parts += [f"### {run.suite}", *[text for text in (about, picture) if text], tables.page(run, suite)]
+    return "\n\n".join(parts) or NONE
+
+
+def picture_name(run: Record) -> str:
+    return f"{run.suite}.png"
+
+
+TABLES = {"benchmarks": (ROOT / "README.md", headline), "results": (ROOT / "docs" / "benchmarks.md", whole)}
+
+
+def main(arguments: list[str]) -> int:
+    found, check, stale = runs(), "--check" in arguments, []
+    for name, (page, make) in TABLES.items():
+        text = page.read_text(encoding="utf-8")
+        new = updated(text, name, make(found))
+        if new != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if not check:
+        known = harness.suites()
+        for run in found:
+            if run.suite in known:
+                plots.draw(run, known[run.suite], PICTURES)
+    if stale:
+        print(f"{'out of date' if check else 'rewritten'}: {', '.join(stale)}")
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
