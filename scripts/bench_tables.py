@@ -52,9 +52,8 @@ def headline(found: list[Record]) -> str:
         return NONE
     sentences = [f"- `{run.suite}`: {tables.overview(run)}" for run in found if run.suite in known]
     machines = sorted({tables.conditions(run) for run in found})
-    return "\n\n".join(
-        [tables.markdown(lines), "\n".join(sentences), "\n".join(f"Measured on: {m}." for m in machines)]
-    )
+    measured = "\n".join(f"Measured on: {machine}." for machine in machines)
+    return "\n\n".join([tables.markdown(lines), "\n".join(sentences), measured])
 
 
 def whole(found: list[Record]) -> str:
