@@ -14,13 +14,14 @@ import torch
 import torch.fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..runtime import memory
 from ..runtime.errors import BadArgument, PassChangedNothing
 from .capture import placeholder_values, retrace
 from .options import Options
 from .pipeline import GraphRecord, Stopwatch, process
 
 _last: list[GraphRecord] = []
-_OPTIONS = ("passes", "target", "rest", "strict", "validate", "on_graph")
+_OPTIONS = ("passes", "target", "rest", "strict", "validate", "memory", "on_graph")
 
 
 class GraphProgram:
@@ -77,10 +78,12 @@ def _concrete(value: Any) -> Any:
 
 def _rest(lowered: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     if options.rest == "eager":
-        return lowered.forward
-    from torch._inductor.compile_fx import compile_fx
+        run = lowered.forward
+    else:
+        from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(lowered, list(example_inputs))  # type: ignore[return-value]
+        run = compile_fx(lowered, list(example_inputs))
+    return memory.pooled(run) if options.memory == "pool" else run
 
 
 def tilewright_backend(
@@ -88,8 +91,8 @@ def tilewright_backend(
 ) -> GraphProgram:
     """The backend registered with ``torch.compile`` under the name ``tilewright``.
 
-    options: ``passes`` (a list, or text as on the command line), ``target``, ``rest``, ``strict``, ``validate`` as for
-    :func:`tilewright.compile`, and ``on_graph``, called with the :class:`GraphRecord` of every graph.
+    options: ``passes`` (a list, or text as on the command line), ``target``, ``rest``, ``strict``, ``validate``,
+    ``memory`` as for :func:`tilewright.compile`, and ``on_graph``, called with the :class:`GraphRecord` of every graph.
     """
     given = dict(options or {})
     unknown = sorted(set(given) - set(_OPTIONS))

@@ -14,7 +14,7 @@ from ..runtime.announce import announce
 from ..runtime.errors import BadArgument, BadExampleInputs, CaptureError
 from .backend import require_changes
 from .capture import check_example_inputs, first_line, untouched
-from .choices import Rest, Target
+from .choices import Memory, Rest, Target
 from .compiled import CompiledModule
 from .options import Options
 
@@ -30,6 +30,7 @@ def compile(
     strict: bool = False,
     validate: bool = True,
     calibration: Sequence[Any] | None = None,
+    memory: Memory = "system",
 ) -> CompiledModule:
     """Rewrite ``model`` with ``passes`` and return a module that is called the same way.
 
@@ -46,6 +47,8 @@ def compile(
     validate: run every rewritten site before and after on the example inputs, and measure the whole model's error.
     calibration: batches for passes that fit themselves to activations, each a tensor, a tuple or a dict of inputs.
         The first one serves as example inputs when there are none.
+    memory: ``pool`` keeps the memory of the graph's big CPU tensors, in huge pages, for the next call instead of
+        returning it to the system (:mod:`tilewright.runtime.memory`). Outputs of our own kernels always do that.
 
     Raises a :class:`~tilewright.runtime.errors.TilewrightError` before anything is changed: ``UnknownPass``,
     ``BadPassOption``, ``IllegalPassCombination``, ``BadArgument``, ``BadExampleInputs``, ``CalibrationNeeded``,
@@ -55,7 +58,7 @@ def compile(
         raise BadArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, CompiledModule):
         raise BadArgument("this module is compiled already: compile the original model with all passes at once")
-    options = Options.make(passes, target, rest, strict, validate)
+    options = Options.make(passes, target, rest, strict, validate, memory)
     batches = [as_call(batch) for batch in calibration or ()]
     check_needs(options.passes, batches)
     if example_inputs is None and example_kwargs is None and batches:

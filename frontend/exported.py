@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from ..runtime import memory
 from ..runtime.errors import BadArgument
 from . import assemble
 from .capture import Captured, disagreement, export_model
@@ -27,7 +28,7 @@ class ExportedProgram:
     """
 
     def __init__(
-        self, model: torch.nn.Module, record: GraphRecord, captured: Captured, call: CallForm, rest: str
+        self, model: torch.nn.Module, record: GraphRecord, captured: Captured, call: CallForm, options: Options
     ) -> None:
         self.model = model
         self.record = record
@@ -38,11 +39,13 @@ class ExportedProgram:
         self.compared: set[tuple[tuple[int, int], ...]] = {()}
         self.seconds: dict[str, float] = {}
         self.model_error: ModelError | None = None
-        if rest == "inductor":
+        if options.rest == "inductor":
             # Compiled at the first call. Dynamo guards the sizes that Inductor specializes on.
             self.run: Any = torch.compile(record.lowered, dynamic=True if captured.dynamic else None, fullgraph=True)
         else:
             self.run = record.lowered
+        if options.memory == "pool":
+            self.run = memory.pooled(self.run)
 
     @staticmethod
     def make(
@@ -67,7 +70,7 @@ class ExportedProgram:
             example_values=call.flatten(args, kwargs, captured.in_spec),
             calibration=[call.flatten(*batch, captured.in_spec) for batch in calibration],
         )
-        program = ExportedProgram(model, record, captured, call, options.rest)
+        program = ExportedProgram(model, record, captured, call, options)
         program.model_error = assemble.model_error(record, named, captured.out_spec)
         program.seconds = watch.seconds
         # Only the errors are wanted; a language model's logits are large.

@@ -10,7 +10,7 @@ from ..passes.base import Pass
 from ..passes.manager import sort_passes
 from ..passes.parse import parse_passes
 from ..runtime.errors import BadArgument
-from .choices import Rest, Target
+from .choices import Memory, Rest, Target
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Options:
     rest: Rest = "inductor"
     strict: bool = False
     validate: bool = True
+    memory: Memory = "system"
 
     @staticmethod
     def make(
@@ -30,6 +31,7 @@ class Options:
         rest: str = "inductor",
         strict: bool = False,
         validate: bool = True,
+        memory: str = "system",
     ) -> Options:
         """Check and normalise. ``passes`` may be the command line's text.
 
@@ -38,7 +40,16 @@ class Options:
         if isinstance(passes, Pass):
             raise BadArgument(f"passes is a list: write passes=[{type(passes).__name__}(...)]")
         given: Any = parse_passes(passes) if isinstance(passes, str) else passes
-        for name, got, choices in (("target", target, get_args(Target)), ("rest", rest, get_args(Rest))):
+        checked = (("target", target, Target), ("rest", rest, Rest), ("memory", memory, Memory))
+        for name, got, kind in checked:
+            choices = get_args(kind)
             if got not in choices:
                 raise BadArgument(f"{name} is {got!r}, but must be one of {', '.join(choices)}")
-        return Options(tuple(sort_passes(given)), target, rest, bool(strict), bool(validate))  # type: ignore[arg-type]
+        return Options(
+            tuple(sort_passes(given)),
+            target,  # type: ignore[arg-type]
+            rest,  # type: ignore[arg-type]
+            bool(strict),
+            bool(validate),
+            memory,  # type: ignore[arg-type]
+        )
