@@ -17,6 +17,8 @@ ALGORITHMS = ("one_read", "two_pass", "three_pass", "three_pass_reload", "online
 SPLITTABLE = ("two_pass", "online")
 MAX_TILE = 32768
 """Elements of a tile: 512 threads hold that many float32 values in 64 registers each."""
+MAX_KEPT = 1 << 20
+"""Elements that a native one-read kernel keeps in memory of its own: 4 MiB of float32."""
 MAX_BATCH = 6
 MAX_SPLITS = 256
 
@@ -53,6 +55,9 @@ class _RowSpec(KernelSpec):
     splits: programs that share one row, a power of two. outer_rank: batch dimensions besides the innermost.
     contiguous: ``"cols"`` when the elements of a row are neighbours in memory, else ``"rows"``.
     index_bits: 64 when an offset into any tensor does not fit 31 bits.
+
+    Native kernels take sizes and strides as arguments: of what describes the layout, only ``contiguous`` decides their
+    text.
     """
 
     in_dtype: str = "float32"
@@ -93,6 +98,8 @@ class _RowSpec(KernelSpec):
         return dict.fromkeys((f"{t}_{'col' if self.contiguous == 'cols' else 'row'}" for t in tensors), 1)
 
     def context(self, target: str) -> dict[str, Any]:
+        if target == "cpp":
+            return {}
         return {
             "collapse_source": inspect.getsource(collapse),
             "outer": range(self.outer_rank),
@@ -135,7 +142,10 @@ class SoftmaxSpec(_RowSpec):
     """
 
     kind: ClassVar[str] = "softmax"
-    templates: ClassVar[dict[str, str]] = {"triton": "triton/softmax.py.jinja"}
+    templates: ClassVar[dict[str, str]] = {
+        "triton": "triton/softmax.py.jinja",
+        "cpp": "cpp/softmax.cpp.jinja",
+    }
 
     algorithm: str = "two_pass"
     bias: str = "none"
@@ -192,7 +202,10 @@ class SoftmaxBackwardSpec(_RowSpec):
     """
 
     kind: ClassVar[str] = "softmax_backward"
-    templates: ClassVar[dict[str, str]] = {"triton": "triton/softmax_backward.py.jinja"}
+    templates: ClassVar[dict[str, str]] = {
+        "triton": "triton/softmax_backward.py.jinja",
+        "cpp": "cpp/softmax_backward.cpp.jinja",
+    }
 
     grad_dtype: str = "float32"
     one_read: bool = False
@@ -236,6 +249,14 @@ def fits_on_chip(n: int, contiguous: str = "cols", held: int = 1) -> bool:
     Rows whose elements are far apart are read 8 neighbouring rows at a time.
     """
     return next_power_of_two(n) * (8 if contiguous == "rows" else 1) * held <= MAX_TILE
+
+
+def fits_in_cache(n: int, contiguous: str, element_bytes: int, cache_bytes: int) -> bool:
+    """Whether rows of ``n`` elements stay in half of a core's cache, so that native kernels read them from memory once.
+
+    element_bytes: of all that is held for one element. Rows whose elements are far apart are worked on 64 at a time.
+    """
+    return n * (64 if contiguous == "rows" else 1) * element_bytes * 2 <= cache_bytes
 
 
 def choose_tile(n: int, rows: int, contiguous: str, one_read: bool, held: int = 1) -> tuple[int, int, int]:

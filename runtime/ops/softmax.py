@@ -19,6 +19,7 @@ from torch import Tensor
 from ...codegen.softmax import (
     ALGORITHMS,
     MAX_BATCH,
+    MAX_KEPT,
     MAX_TILE,
     SPLITTABLE,
     SoftmaxBackwardSpec,
@@ -26,9 +27,11 @@ from ...codegen.softmax import (
     choose_splits,
     choose_tile,
     collapse,
+    fits_in_cache,
     fits_on_chip,
     next_power_of_two,
 )
+from .. import cpu, fast_call
 from ..errors import BadArgument, UnsupportedKernel
 from .registry import LIBRARY, Tolerance, canonical
 
@@ -136,7 +139,7 @@ def hint(size: Any) -> int:
 
 def check_device(target: str, **tensors: Tensor | None) -> None:
     """Raise :class:`UnsupportedKernel` when ``target`` cannot run on the tensors' devices, or these differ."""
-    wanted = {"triton": "cuda", "triton-interpret": "cpu"}.get(target)
+    wanted = {"triton": "cuda", "triton-interpret": "cpu", "cpp": "cpu"}.get(target)
     if wanted is None:
         raise UnsupportedKernel(f"there is no softmax kernel for target {target}")
     for name, tensor in tensors.items():
@@ -203,7 +206,7 @@ def row_fits_on_chip(x: Tensor, dim: int) -> bool:
 def _geometry(
     shape: tuple[int, ...], dim: int, strides: tuple[tuple[int, ...], ...], algorithm: str, held: int, processors: int
 ) -> dict[str, Any]:
-    """Tile, splits, ranks and index width.
+    """Tile, splits, ranks and index width of a Triton kernel.
 
     strides: of every tensor, the one whose layout decides first. held: how many tensors a one-read kernel holds.
     """
@@ -237,6 +240,21 @@ def _geometry(
     }
 
 
+def _native_geometry(
+    shape: tuple[int, ...], dim: int, strides: tuple[int, ...], algorithm: str, row_bytes: int
+) -> dict[str, Any]:
+    """What of a call decides a native kernel: sizes and strides are its arguments, so one serves every shape.
+
+    strides: of the tensor whose layout decides. row_bytes: of an element, all that is held while a row is computed.
+    """
+    n, contiguous = shape[dim], contiguous_axis(shape, strides, dim)
+    if algorithm == "auto":
+        algorithm = "one_read" if fits_in_cache(n, contiguous, row_bytes, cpu.cache_bytes()) else "two_pass"
+    elif algorithm == "one_read" and not fits_in_cache(n, contiguous, 1, 2 * MAX_KEPT):
+        raise UnsupportedKernel(f"one_read keeps a row in cache, and {n} elements do not fit")
+    return {"algorithm": algorithm, "contiguous": contiguous, "index_bits": 64}
+
+
 def spec(
     x: Tensor,
     dim: int,
@@ -265,8 +283,11 @@ def spec(
     if algorithm == "three_pass_reload" and (log or out_dtype != torch.float32):
         raise UnsupportedKernel("three_pass_reload keeps float32 exponentials in the output: softmax in float32 only")
     shape, strides = _layout(x)
-    layouts = [strides, *([_expanded(bias, shape)] if bias is not None else []), _contiguous(shape)]
-    geometry = _geometry(shape, dim % len(shape), tuple(layouts), algorithm, 1, _multiprocessors(x.device))
+    if target == "cpp":
+        geometry = _native_geometry(shape, dim % len(shape), strides, algorithm, 4 + x.dtype.itemsize)
+    else:
+        layouts = [strides, *([_expanded(bias, shape)] if bias is not None else []), _contiguous(shape)]
+        geometry = _geometry(shape, dim % len(shape), tuple(layouts), algorithm, 1, _multiprocessors(x.device))
     return SoftmaxSpec(
         in_dtype=_name(x.dtype),
         out_dtype=_name(out_dtype),
@@ -286,8 +307,11 @@ def backward_spec(
     check_dtype("the output", y.dtype)
     check_dtype("the input", dtype)
     shape, strides = _layout(y)
-    layouts = (strides, _layout(grad)[1], _contiguous(shape))
-    geometry = dict(_geometry(shape, dim % len(shape), layouts, "auto", 2, _multiprocessors(y.device)))
+    if target == "cpp":
+        geometry = _native_geometry(shape, dim % len(shape), strides, "auto", y.dtype.itemsize + grad.dtype.itemsize)
+    else:
+        layouts = (strides, _layout(grad)[1], _contiguous(shape))
+        geometry = dict(_geometry(shape, dim % len(shape), layouts, "auto", 2, _multiprocessors(y.device)))
     one_read = geometry.pop("algorithm") == "one_read"
     return SoftmaxBackwardSpec(
         in_dtype=_name(y.dtype),
@@ -319,20 +343,20 @@ def _forward_kernel(
     log: bool,
     algorithm: str,
     target: str,
-) -> Tensor:
+) -> fast_call.Launch:
     from ..autotune import load_best
 
     chosen = spec(x, dim, bias, scale=scale, dtype=dtype, log=log, algorithm=algorithm, target=target)
-    return load_best(chosen, target, lambda: (x, bias, dim, scale)).launch(x, bias, dim, scale)
+    return load_best(chosen, target, lambda: (x, bias, dim, scale)).launch
 
 
 def _backward_kernel(
     grad: Tensor, y: Tensor, dim: int, scale: float, dtype: torch.dtype, log: bool, target: str
-) -> Tensor:
+) -> fast_call.Launch:
     from ..autotune import load_best
 
     chosen = backward_spec(grad, y, dim, dtype=dtype, log=log, target=target)
-    return load_best(chosen, target, lambda: (grad, y, dim, scale)).launch(grad, y, dim, scale)
+    return load_best(chosen, target, lambda: (grad, y, dim, scale)).launch
 
 
 def _forward_fake(x: Tensor, bias: Tensor | None, dim: int, scale: float, dtype: torch.dtype, *_: Any) -> Tensor:
@@ -343,9 +367,8 @@ def _backward_fake(grad: Tensor, y: Tensor, dim: int, scale: float, dtype: torch
     return torch.empty(y.shape, dtype=dtype, device=y.device)
 
 
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("softmax_forward", _forward_kernel, _device)
-    LIBRARY.impl("softmax_backward", _backward_kernel, _device)
+fast_call.implement("softmax_forward", _forward_kernel, passes=("x", "bias", "dim", "scale"))
+fast_call.implement("softmax_backward", _backward_kernel, passes=("grad", "y", "dim", "scale"))
 torch.library.register_fake("tilewright::softmax_forward", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("tilewright::softmax_backward", _backward_fake, lib=LIBRARY)
 
