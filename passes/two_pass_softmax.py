@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.fx
 
 from ..codegen.softmax import ALGORITHMS
+from ..runtime.cpu import cache_bytes
 from ..runtime.errors import BadPassOption, UnsupportedKernel
 from ..runtime.ops.softmax import HALF, KERNEL_DTYPES, hint, promoted_dtype, row_fits_on_chip
 from ._attention_softmax import split_attention
@@ -141,7 +139,7 @@ class TwoPassSoftmax(Pass):
         if self.row_bytes is not None:
             return f"rows of {_size(row)} are below row_bytes={self.row_bytes}" if row < self.row_bytes else None
         if device.type != "cuda":
-            cache = cpu_cache_bytes()
+            cache = cache_bytes()
             fits = f"rows of {_size(row)} stay in the CPU's second-level cache ({_size(cache)}) between passes"
             return f"{fits}, so one pass less saves no memory traffic" if row <= cache else None
         if on_chip:
@@ -347,23 +345,6 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), _where),
 }
-
-
-@functools.cache
-def cpu_cache_bytes() -> int:
-    """Size of a core's second-level cache; 1 MiB where the system does not say."""
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, size = (index / "level").read_text().strip(), (index / "size").read_text().strip()
-        except OSError:
-            continue  # containers may hide single files
-        if level == "2" and size[:-1].isdigit():
-            return int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(size[-1], 1)
-    try:
-        found = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows, macOS: no such function or name
-        found = 0
-    return found if found > 0 else 1 << 20
 
 
 def _gpu(device: torch.device) -> tuple[int, int]:

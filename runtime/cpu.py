@@ -16,7 +16,9 @@ The best that this CPU has is used, unless the setting ``TILEWRIGHT_CPU_ISA`` na
 from __future__ import annotations
 
 import functools
+import os
 import platform
+from pathlib import Path
 
 from . import settings
 from .errors import BadArgument, UnsupportedKernel
@@ -68,3 +70,20 @@ def isa() -> str:
     if wanted not in supported():
         raise BadArgument(f"TILEWRIGHT_CPU_ISA is {wanted!r}, and this CPU runs {', '.join(supported())}")
     return wanted
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Size of a core's second-level cache; 1 MiB where the system does not say."""
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, size = (index / "level").read_text().strip(), (index / "size").read_text().strip()
+        except OSError:
+            continue  # containers may hide single files
+        if level == "2" and size[:-1].isdigit():
+            return int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(size[-1], 1)
+    try:
+        found = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows, macOS: no such function or name
+        found = 0
+    return found if found > 0 else 1 << 20

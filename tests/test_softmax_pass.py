@@ -13,8 +13,8 @@ from tilewright.passes import Decline, Exactness, TwoPassSoftmax
 from tilewright.passes.base import SiteContext
 from tilewright.passes.manager import run_pass, validate
 from tilewright.passes.site import name_site, set_site
-from tilewright.passes.two_pass_softmax import cpu_cache_bytes
 from tilewright.passes.view import GraphView, arguments
+from tilewright.runtime.cpu import cache_bytes
 from tilewright.runtime.errors import BadPassOption
 
 INF = math.inf
@@ -209,7 +209,7 @@ def test_row_bytes_sets_the_guard():
 
 
 def test_rows_beyond_the_cache_are_rewritten():
-    n = max(cpu_cache_bytes() // 4, MAX_TILE) + 1
+    n = max(cache_bytes() // 4, MAX_TILE) + 1
     _, done = rewrite(canonical, torch.randn(1, n), one=TwoPassSoftmax())
     details = done.rewrites[0].details
     assert details["algorithm"] == "two_pass" and details["row_bytes"] == 4 * n
