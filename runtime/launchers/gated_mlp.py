@@ -28,8 +28,9 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         """The result's shape and the C array of sizes and strides; None where the kernel cannot walk the tensors."""
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         strides = [t.expand(shape).stride() for t in tensors]
-        walkable = len(shape) == 1 or (1 < len(shape) <= MAX_RANK and shape[-1] > 1)
-        walkable = walkable and all(s[-1] == 1 for s in strides)
+        # A last size of 1 merges with nothing, and the elements before it may be far apart.
+        plain = 1 <= len(shape) <= MAX_RANK and shape[-1] > 1 and all(s[-1] == 1 for s in strides)
+        walkable = plain or 0 in shape or shape == (1,)
         numbers = [*shape, *(step for s in strides for step in s)]
         if len(layouts) >= MAX_LAYOUTS:
             layouts.clear()

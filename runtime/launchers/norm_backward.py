@@ -36,12 +36,15 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
     layouts: dict[Any, Any] = {}
 
     def layout_of(shape: Sequence[int], *strides: Sequence[int]) -> Any:
-        """The C array of batch sizes and strides; None where the kernel cannot walk the rows."""
-        walkable = len(shape) - 1 <= MAX_RANK and all(s[-1] == 1 or shape[-1] <= 1 for s in strides)
-        numbers = [*shape[:-1], *(step for s in strides for step in s[:-1])]
+        """The number of batch dimensions, and the C array of their sizes and strides; None if they cannot be walked."""
         if len(layouts) >= MAX_LAYOUTS:
             layouts.clear()
-        return (ctypes.c_int64 * max(len(numbers), 1))(*numbers) if walkable else None
+        if 0 in shape:  # no row, whatever the strides
+            return 1, (ctypes.c_int64 * (1 + len(strides)))()
+        if len(shape) - 1 > MAX_RANK or any(s[-1] != 1 and shape[-1] > 1 for s in strides):
+            return None
+        numbers = [*shape[:-1], *(step for s in strides for step in s[:-1])]
+        return len(shape) - 1, (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
 
     def launch(
         grad: Tensor, x: Tensor, extra: Tensor | None, weight: Tensor | None, eps: float, weight_offset: float = 0.0
@@ -75,8 +78,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
             parts.data_ptr(),
             blocks,
             n,
-            len(shape) - 1,
-            layout,
+            *layout,
             eps,
             weight_offset,
         )

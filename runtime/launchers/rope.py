@@ -29,7 +29,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         """The result's shape and the C array of batch sizes and strides; None where the kernel cannot walk the rows."""
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         strides = [t.expand(shape).stride() for t in tensors]
-        walkable = len(shape) - 1 <= MAX_RANK and all(s[-1] == 1 or shape[-1] <= 1 for s in strides)
+        walkable = 0 in shape or (len(shape) - 1 <= MAX_RANK and all(s[-1] == 1 for s in strides))
         numbers = [*shape[:-1], *(step for s in strides for step in s[:-1])]
         if len(layouts) >= MAX_LAYOUTS:
             layouts.clear()
