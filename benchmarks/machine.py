@@ -7,6 +7,7 @@ product in float32, bfloat16 and int8.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 import os
@@ -205,7 +206,7 @@ def _products(device: str, quick: bool) -> list[tuple[str, Callable[[], Any], in
     for dtype in kinds:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        found.append((dtype_name(dtype), lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 2 * n**3))
+        found.append((dtype_name(dtype), functools.partial(torch.mm, a, b, out=out), 2 * n**3))
     if device == "cpu":
         i, j = (torch.randint(-127, 127, (n, n), dtype=torch.int8) for _ in range(2))
         found.append(("int8", lambda: torch._int_mm(i, j), 2 * n**3))

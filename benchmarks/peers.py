@@ -30,7 +30,7 @@ def need(module: str, install: str = INSTALL) -> Any:
 
 def inductor(function: Callable[..., Any], *, dynamic: bool | None = False, freezing: bool = False) -> Any:
     """``torch.compile``. freezing: weights become constants that may be laid out anew, for inference only."""
-    options = {"freezing": True} if freezing else None
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = {"freezing": True} if freezing else None
     return torch.compile(function, dynamic=dynamic, options=options)
 
 

@@ -86,7 +86,7 @@ def summary_table(record: Record, suite: Suite | None = None) -> Table:
     header, *lines = summary(record, suite)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not number)
     for line in lines:
         table.add_row(*line)
     return table

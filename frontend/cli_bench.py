@@ -11,6 +11,8 @@ import typer
 from .cli_output import EXIT_FOUND_BAD, AsJson, err, out, print_json, progress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..benchmarks.harness import Suite
     from ..benchmarks.record import Record
 
@@ -70,7 +72,7 @@ def bench(
 
         options = harness.Options(quick, filter, threads, budget, tune, output, stage)
         if not as_json:
-            options = dataclasses.replace(options, show=lambda row: out().print(tables.row_table(row)))
+            options = dataclasses.replace(options, show=lambda row: _wide().print(tables.row_table(row)))
         run, path = harness.run_suite(known[suite], options)
     _finish(run, known[suite], path, plots, as_json)
 
@@ -84,8 +86,7 @@ def _finish(run: Record, suite: Suite | None, path: Path, plots: Path | None, as
     if as_json:
         print(run.to_json(), end="")
     else:
-        console = out()
-        console.width = max(console.width, 140)
+        console = _wide()
         console.print(tables.summary_table(run, suite))
         console.print(f"{tables.overview(run)}\n{tables.conditions(run)}\nlimits: {tables.limits(run)}", soft_wrap=True)
         if left := run.options.get("left_out"):
@@ -96,6 +97,13 @@ def _finish(run: Record, suite: Suite | None, path: Path, plots: Path | None, as
         err().print(f"{row.name}: {entry.name} is {entry.state.value}: {entry.word}", style="red", markup=False)
     if bad:
         raise typer.Exit(EXIT_FOUND_BAD)
+
+
+def _wide() -> Console:
+    """Names of rows and words of what was left out need more than 100 columns where no terminal sets the width."""
+    console = out()
+    console.width = max(console.width, 150)
+    return console
 
 
 def _list(known: dict[str, Suite], as_json: bool) -> None:

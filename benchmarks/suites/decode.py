@@ -61,7 +61,7 @@ class Steps:
         from transformers import DynamicCache, StaticCache
 
         self.forward, self.tokens = forward, [tokens[:, PROMPT + i : PROMPT + i + 1] for i in range(STEPS)]
-        self.cache = StaticCache(config=model.config, max_cache_len=CONTEXT) if static else DynamicCache()
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=CONTEXT) if static else DynamicCache()
         self.static = static
         model(input_ids=tokens[:, :PROMPT], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 

@@ -116,11 +116,16 @@ def flex(case: Shape, length: int, device: str) -> Attention:
     return call
 
 
-def gradients(call: Attention, args: list[Tensor], grad: Tensor) -> Call:
+def gradients(make: Callable[[int], Attention], length: int, args: list[Tensor], grad: Tensor) -> Call:
     """Backward alone: the forward runs once, before."""
+    q, k, v = args
     with torch.enable_grad():
-        out = call(*args)
+        out = make(length)(q, k, v)
     return lambda: torch.autograd.grad(out, args, grad, retain_graph=True)
+
+
+def _gradients(make: Callable[[int], Attention], length: int, args: list[Tensor], grad: Tensor) -> Any:
+    return gradients(make, length, args, grad)()
 
 
 def problem(case: Shape, backward: bool, device: str = "cuda", target: str = "triton") -> Problem:
@@ -133,7 +138,8 @@ def problem(case: Shape, backward: bool, device: str = "cuda", target: str = "tr
     if case.normalizer == "softmax":
         makers["flex"] = (Kind.PEER, lambda length: flex(case, length, device))
     visible = case.visible if case.causal else None
-    sample = Sample(*(t.detach() for t in args), visible)
+    q, k, v = (t.detach() for t in args)
+    sample = Sample(q, k, v, visible)
     products = case.batch * case.heads * case.dim * pairs(case.length, case.causal, case.window)
     contenders: list[Contender]
     if backward:
@@ -145,7 +151,8 @@ def problem(case: Shape, backward: bool, device: str = "cuda", target: str = "tr
         for name, (kind, make) in makers.items():
             # SDPA beside sigmoid computes a softmax.
             own = functools.partial(sample.expected, case.normalizer, shift) if name == "ours" else sample.expected
-            contenders.append(Contender(name, kind, make=lambda m=make: _bound(m(case.length), args), expected=own))
+            call = functools.partial(_forward, make, case.length, args)
+            contenders.append(Contender(name, kind, make=call, expected=own))
         expected, of = sample.expected, sample.of
     return Problem(
         "ours",
@@ -158,8 +165,9 @@ def problem(case: Shape, backward: bool, device: str = "cuda", target: str = "tr
     )
 
 
-def _bound(call: Attention, args: list[Tensor]) -> Call:
-    return lambda: call(*args)
+def _forward(make: Callable[[int], Attention], length: int, args: list[Tensor]) -> Call:
+    call, (q, k, v) = make(length), args
+    return lambda: call(q, k, v)
 
 
 def _backward(
@@ -168,7 +176,7 @@ def _backward(
     """Gradients are compared on a problem of one batch and at most :data:`CHECKED` tokens."""
     length = min(case.length, CHECKED)
     small = inputs(case, 1, length, device)
-    exact = [t.detach().double().requires_grad_() for t in small]
+    q, k, v = exact = [t.detach().double().requires_grad_() for t in small]
     grads = [
         torch.randn(b, n, case.heads, case.dim, device=device).to(case.dtype).transpose(1, 2)
         for b, n in ((case.batch, case.length), (1, length))
@@ -178,7 +186,7 @@ def _backward(
         shift = torch.full((1,), -math.log(length), device=device) if normalizer == "sigmoid" else None
         with torch.enable_grad():
             options: dict[str, Any] = {"scale": case.dim**-0.5, "mask": case.mask, "normalizer": normalizer}
-            out = ops.reference(*exact, None, shift, **options)
+            out = ops.reference(q, k, v, None, shift, **options)
         return torch.autograd.grad(out, exact, grads[1].double())
 
     found = []
@@ -188,8 +196,8 @@ def _backward(
             Contender(
                 name,
                 kind,
-                make=lambda m=make: gradients(m(case.length), args, grads[0]),
-                answer=lambda m=make: gradients(m(length), small, grads[1])(),
+                make=functools.partial(gradients, make, case.length, args, grads[0]),
+                answer=functools.partial(_gradients, make, length, small, grads[1]),
                 expected=functools.partial(expected, normalizer),
             )
         )
