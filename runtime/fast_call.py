@@ -54,7 +54,7 @@ class _Kept:
     plannable: bool
 
 
-class _Operator:
+class Operator:
     """One op: its kept launches and its number on the C++ side, once it is there."""
 
     def __init__(self, name: str, choose: Callable[..., Launch], passes: Sequence[str]) -> None:
@@ -143,7 +143,7 @@ def _sign(value: Any) -> Any:
     return tuple(map(_sign, value)) if isinstance(value, list) else value
 
 
-_operators: list[_Operator] = []
+_operators: list[Operator] = []
 _native_calls = 0
 _module: NativeModule[Functions] = NativeModule(
     FastCallSpec(), lambda launch: launch(), "native kernels are launched from Python, some microseconds slower a call"
@@ -163,11 +163,16 @@ def implement(name: str, choose: Callable[..., Launch], *, passes: Sequence[str]
     """
     from .ops.registry import LIBRARY
 
-    operator = _Operator(name, choose, passes)
+    operator = Operator(name, choose, passes)
     _operators.append(operator)
     call = operator.python_kernel()
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, call, device)
+
+
+def operators() -> list[Operator]:
+    """Every op that :func:`implement` was called for."""
+    return list(_operators)
 
 
 def prepare() -> bool:
