@@ -18,7 +18,7 @@ from ..passes.view import arguments, value
 from ..runtime import announce, load
 from ..runtime.errors import BuildError, MissingCompiler, MissingDependency, UnsupportedKernel
 from ..runtime.ops import OPS, CanonicalOp, is_canonical
-from . import policy
+from . import fuse_residual, policy
 from .choices import Rest, Target
 from .progress import build_kernels
 
@@ -138,6 +138,7 @@ def lower(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> tuple[
 
     Returns the kernels in use and the ops left to their reference form, in graph order.
     """
+    _fuse(module, requested, rest)
     kernels: list[KernelUse] = []
     references: list[ReferenceUse] = []
     fallbacks: list[ReferenceUse] = []
@@ -159,6 +160,12 @@ def lower(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> tuple[
     _announce(fallbacks)
     module.recompile()
     return kernels, references
+
+
+def _fuse(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> None:
+    """Join what one native kernel computes in one go."""
+    if all(_device(node) == "cpu" for node, _ in canonical_nodes(module)) and policy.takes_norms(requested, rest):
+        fuse_residual.fuse(module)
 
 
 def _op(node: Node) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch.fx
 
 from ..runtime.ops import CanonicalOp
-from .choices import Rest
+from .choices import Rest, Target
 
 # Memory-bound, elementwise or a row at a time: Inductor fuses them with their neighbours into one loop.
-FUSES = frozenset({"rms_norm", "layer_norm", "rope", "gated_mlp"})
+FUSES = frozenset({"rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "gated_mlp"})
 
 
 def why_leave(node: torch.fx.Node, op: CanonicalOp, rest: Rest) -> str:
@@ -21,3 +21,8 @@ def why_leave(node: torch.fx.Node, op: CanonicalOp, rest: Rest) -> str:
     if rest == "inductor" and op.name in FUSES:
         return f"Inductor fuses {op.name} with its neighbours, which saves more than the kernel: target='cpp' takes it"
     return ""
+
+
+def takes_norms(requested: Target, rest: Rest) -> bool:
+    """Whether norms on the CPU run our kernels, so that sums are worth fusing into them."""
+    return requested == "cpp" or (requested == "auto" and rest == "eager")
