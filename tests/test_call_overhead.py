@@ -124,6 +124,23 @@ def test_what_differs_has_a_signature_of_its_own(function):
         assert fast(lambda args=args, kwargs=kwargs: op(*args, **kwargs), 2) == 2
 
 
+def test_lists_of_numbers_are_part_of_the_signature(function):
+    def choose(x: Tensor, sizes: list[int], more: list[int]) -> Callable[..., Any]:
+        total = float(sum(sizes))
+        own = types.SimpleNamespace(
+            ARGTYPES=ARGTYPES, make_launch=lambda *a: lambda x: make_launch(*a)(x, None, total, False)[0]
+        )
+        return native(function, own)
+
+    LIBRARY.define("toy_call_lists(Tensor x, int[] sizes, int[] more) -> Tensor")
+    fast_call.implement("toy_call_lists", choose, passes=("x",))
+    op = torch.ops.tilewright.toy_call_lists.default
+    x = torch.randn(3, 4)
+    for sizes, more in (([1, 2], []), ([1], [2]), ([], [1, 2]), ([1, 2, 3], []), ([2, 1], [])):
+        assert fast(lambda sizes=sizes, more=more: op(x, sizes, more), 16) == 16
+        torch.testing.assert_close(op(x, sizes, more), expected(x, None, float(sum(sizes))))
+
+
 def test_dtypes_are_told_apart(function):
     seen: list[torch.dtype] = []
     launch = native(function)
