@@ -13,7 +13,7 @@ ARGTYPES = (ctypes.c_int, *(ctypes.c_void_p,) * 5)
 _SIZE, _PACK, _RUN = range(3)
 _KEPT = 1024
 
-Store = Callable[[Sequence[torch.Tensor], int, Callable[[torch.Tensor], None]], torch.Tensor]
+Store = Callable[[Sequence[torch.Tensor], str, int, Callable[[torch.Tensor], None]], torch.Tensor]
 
 
 def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -41,10 +41,11 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[..., torch.
 
     x: (..., K). weights: (N_i, K) each; gated, the gate's and the other's, of one N. biases: (N_i,) or None each.
     residual: the result's shape. Returns (..., sum of N_i), gated (..., N), contiguous.
-    store(weights, size, fill): packed weights of ``size`` bytes, uint8, made by ``fill(packed)`` when not at hand; without
-    it the weights are packed for this call alone.
+    store(weights, order, size, fill): packed weights of ``size`` bytes, uint8, made by ``fill(packed)`` when not at
+    hand; without it the weights are packed for this call alone.
     """
     gated = spec["gated"]
+    order = "linear gated" if gated else "linear"
     sizes: dict[tuple[int, ...], int] = {}
 
     def launch(
@@ -99,7 +100,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[..., torch.
                 packed = torch.empty(size, dtype=torch.uint8)
                 fill(packed)
             else:
-                packed = store(weights, size, fill)
+                packed = store(weights, order, size, fill)
         function(threads, layout, x.data_ptr(), packed.data_ptr() if packed is not None else None, at, out.data_ptr())
         return out
 

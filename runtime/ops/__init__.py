@@ -4,7 +4,7 @@ from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canoni
 
 # Each module registers its op on import; a new op is one more file and one more name here.
 from . import attention, attention_parts, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
-from . import add_layer_norm, add_rms_norm  # isort: skip
+from . import add_layer_norm, add_rms_norm, linear_fused  # isort: skip
 
 __all__ = [
     "HELPERS",
@@ -20,6 +20,7 @@ __all__ = [
     "is_canonical",
     "layer_norm",
     "linear",
+    "linear_fused",
     "rms_norm",
     "rope",
     "softmax",
