@@ -33,6 +33,7 @@ class _NormSpec(KernelSpec):
     in_dtype: of x, of the residual and of their sum. out_dtype: of the result (backward: of its gradient).
     weight, bias: ``"none"`` or their dtype. centred: layer_norm, else rms_norm.
     round_before_weight: the normalised row is rounded to in_dtype before the weight multiplies it.
+    offset: whether a number is added to the weight.
     """
 
     in_dtype: str = "float32"
@@ -41,17 +42,20 @@ class _NormSpec(KernelSpec):
     bias: str = "none"
     centred: bool = False
     round_before_weight: bool = False
+    offset: bool = False
 
     def check(self) -> None:
         require_choice("in_dtype", self.in_dtype, DTYPES)
         require_choice("out_dtype", self.out_dtype, DTYPES)
         require_choice("weight", self.weight, ("none", *DTYPES))
         require_choice("bias", self.bias, ("none", *DTYPES))
-        require_flags(self, "centred", "round_before_weight")
+        require_flags(self, "centred", "round_before_weight", "offset")
         require(self.bias == "none" or self.centred, "bias belongs to layer_norm: centred must be True")
         rounds = self.round_before_weight
         require(not rounds or not self.centred, "round_before_weight belongs to rms_norm: centred must be False")
         require(not rounds or self.weight != "none", "round_before_weight needs a weight")
+        weighted = self.weight != "none" and not self.centred
+        require(weighted or not self.offset, "offset needs the weight of rms_norm")
 
     def context(self, target: str) -> dict[str, Any]:
         return {

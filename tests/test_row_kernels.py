@@ -326,6 +326,7 @@ def test_what_has_no_kernel_says_why():
         (lambda: NormSpec(centred=True, round_before_weight=True), "belongs to rms_norm"),
         (lambda: NormSpec(weight="none", round_before_weight=True), "needs a weight"),
         (lambda: NormSpec(keep_sum=True), "needs a residual"),
+        (lambda: NormSpec(centred=True, offset=True), "offset needs the weight of rms_norm"),
         (lambda: NormSpec(in_dtype="float32", out_dtype="bfloat16"), "must be float32 or float32"),
         (lambda: NormSpec(in_dtype="float64"), "in_dtype is 'float64'"),
         (lambda: NormBackwardSpec(extra=1), "extra is 1"),
@@ -375,8 +376,9 @@ def test_no_rendered_line_is_too_long():
                 specs.append(NormSpec(dtype, dtype, weight, "bfloat16", True, residual=extra, keep_sum=extra))
                 specs.append(NormSpec(dtype, "float32", weight, residual=extra))
                 if weight != "none":
-                    specs.append(NormSpec(dtype, "float32", weight, "none", False, True, extra, extra))
-                    specs.append(NormBackwardSpec(dtype, "bfloat16", weight, "none", False, True, extra))
+                    specs.append(NormSpec(dtype, "float32", weight, "none", False, True, True, extra, extra))
+                    specs.append(NormBackwardSpec(dtype, "bfloat16", weight, "none", False, True, True, extra))
+                    specs.append(NormSpec(dtype, dtype, weight, offset=True))
     specs += [RopeSpec(a, b, c, d, lay, t) for a in dtypes for b in dtypes for c in dtypes for d in dtypes
               for lay in LAYOUTS for t in (False, True)]  # fmt: skip
     specs += [kind(a, b, "bfloat16", act) for kind in (GatedSpec, GatedBackwardSpec) for a in dtypes for b in dtypes

@@ -78,6 +78,7 @@ def spec(
         centred=True,
         round_before_weight=False,
         keep_sum=keep_sum,
+        weight_offset=0.0,
         target=target,
     )
 

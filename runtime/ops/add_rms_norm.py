@@ -64,8 +64,8 @@ def spec(
     target: str = "cpp",
 ) -> NormSpec:
     """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none."""
-    flags = {"centred": False, "round_before_weight": round_before_weight, "keep_sum": keep_sum}
-    return norm_kernel.spec("add_rms_norm", x, residual, weight, None, **flags, target=target)
+    flags = {"centred": False, "round_before_weight": round_before_weight, "weight_offset": weight_offset}
+    return norm_kernel.spec("add_rms_norm", x, residual, weight, None, **flags, keep_sum=keep_sum, target=target)
 
 
 # The sum is rounded once (eps/2 relative to itself, so the same relative to the result), and the mean of the squares

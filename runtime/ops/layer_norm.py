@@ -64,9 +64,9 @@ def spec(
     check_native("layer_norm", target, x=x, weight=weight, bias=bias)
     check_shapes(x, normalized_shape, weight, bias)
     rows = [t if t is None else flat(t, normalized_shape) for t in (x, weight, bias)]
-    flags = {"centred": True, "round_before_weight": False, "keep_sum": False}
+    flags = {"centred": True, "round_before_weight": False, "weight_offset": 0.0}
     assert rows[0] is not None
-    return norm_kernel.spec("layer_norm", rows[0], None, *rows[1:], **flags, target=target)
+    return norm_kernel.spec("layer_norm", rows[0], None, *rows[1:], **flags, keep_sum=False, target=target)
 
 
 def check_shapes(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:

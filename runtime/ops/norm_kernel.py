@@ -28,6 +28,7 @@ def spec(
     centred: bool,
     round_before_weight: bool,
     keep_sum: bool,
+    weight_offset: float,
     target: str,
 ) -> NormSpec:
     """The kernel of a call of the op ``name``, from tensors or fake tensors.
@@ -53,6 +54,7 @@ def spec(
         bias=dtype_name(bias),
         centred=centred,
         round_before_weight=rounds,
+        offset=weight_offset != 0 and weight is not None and not centred,
         residual=residual is not None,
         keep_sum=keep_sum,
     )
@@ -81,9 +83,9 @@ def _forward_launch(keep_sum: bool) -> Callable[..., Any]:
         round_before_weight: bool,
         target: str,
     ) -> Callable[..., Any]:
-        flags = {"centred": centred, "round_before_weight": round_before_weight, "keep_sum": keep_sum}
+        flags = {"centred": centred, "round_before_weight": round_before_weight, "weight_offset": weight_offset}
         name = "layer_norm" if centred else "rms_norm"
-        return load(spec(name, x, residual, weight, bias, **flags, target=target), target).launch
+        return load(spec(name, x, residual, weight, bias, **flags, keep_sum=keep_sum, target=target), target).launch
 
     return choose
 
@@ -107,7 +109,8 @@ def _backward_launch(
         weight=dtype_name(weight),
         bias="none" if bias is None else str(bias).removeprefix("torch."),
         centred=centred,
-        round_before_weight=round_before_weight,
+        round_before_weight=round_before_weight and weight is not None,
+        offset=weight_offset != 0 and weight is not None and not centred,
         extra=extra is not None,
     )
     return load(chosen, target).launch
