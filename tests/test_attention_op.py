@@ -121,22 +121,24 @@ def test_gradcheck(mask, normalizer, form):
     assert torch.autograd.gradcheck(lambda *a: call(*a, **options), (q, k, v, bias, shift))
 
 
+@pytest.mark.parametrize("target", ["triton-interpret", "cpp"])
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
-def test_kernels_through_the_op(normalizer, small_tiles):
+def test_kernels_through_the_op(normalizer, target, small_tiles):
     q, k, v = inputs(19, 21, heads=1, dim=16, value_dim=16, dtype=torch.float32)
     bias = torch.randn(2, 1, 21, requires_grad=True)
     shift = torch.randn(2, 1, 1, requires_grad=True) if normalizer == "sigmoid" else None
     options = {"scale": 0.25, "mask": CAUSAL, "normalizer": normalizer}
     grad = torch.randn(2, 2, 19, 16)
-    found = results(lambda *a: attention(*a, **options, target="triton-interpret"), (q, k, v, bias, shift), grad)
+    found = results(lambda *a: attention(*a, **options, target=target), (q, k, v, bias, shift), grad)
     expected = results(lambda *a: reference(*a, **options), (q, k, v, bias, shift), grad)
     for f, e in zip(found, expected, strict=True):
         assert f.shape == e.shape and f.dtype == e.dtype
         torch.testing.assert_close(f, e, atol=5e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("target", ["triton-interpret", "cpp"])
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
-def test_opcheck(normalizer, small_tiles):
+def test_opcheck(normalizer, target, small_tiles):
     q, k, v = inputs(5, 6, heads=1, dim=16, value_dim=16, dtype=torch.float32)
     bias = torch.randn(1, 2, 1, 6, requires_grad=True)
     shift = torch.randn(1, 2, 1, 1, requires_grad=True) if normalizer == "sigmoid" else None
@@ -144,7 +146,7 @@ def test_opcheck(normalizer, small_tiles):
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(attention.default, (q, k, v, bias, shift), {**options, "target": "reference"})
     forward = torch.ops.tilewright.attention_forward.default
-    options["target"] = "triton-interpret"
+    options["target"] = target
     torch.library.opcheck(forward, (q, k, v, bias, shift), options, test_utils=utils)
     if normalizer == "softmax":  # ahead-of-time dispatch runs the kernels some ten times: once is enough
         torch.library.opcheck(forward, (q, k, v, None, None), options, test_utils="test_aot_dispatch_dynamic")
@@ -156,7 +158,8 @@ def test_opcheck(normalizer, small_tiles):
 
 
 @pytest.mark.parametrize(
-    ("mask", "target"), [(WINDOW, "reference"), (END, "reference"), (CAUSAL, "reference"), (END, "triton-interpret")]
+    ("mask", "target"),
+    [(WINDOW, "reference"), (END, "reference"), (CAUSAL, "reference"), (END, "triton-interpret"), (END, "cpp")],
 )
 def test_one_graph_for_all_lengths_in_training(mask, target, fresh_dynamo, small_tiles):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -208,6 +211,30 @@ def test_spec_of_a_call():
     assert attention_kernel._wide(far) and not attention_kernel._wide(far.contiguous())
 
 
+def test_one_native_kernel_for_all_layouts():
+    """Broadcast, strided or far apart: the native kernel reads strides when it runs, so that the spec is the same."""
+    q, k, v = inputs(7, 9, dtype=torch.float32)
+    padding = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    found = {
+        specification(q, k, v, bias, target="cpp")
+        for bias in (padding, padding.expand(2, 4, 7, 9), torch.ones(7, 9, dtype=torch.bool))
+    }
+    far = torch.empty(8).as_strided((1, 2, 1, 8), (0, 0, 2**23, 1))
+    assert len(found) == 1 and not specification(q[:1, :, :1], far, far, target="cpp").wide
+
+
+def test_native_launches_that_are_kept_do_not_mix_tensors_up():
+    """A signature says nothing of where tensors lie: one tensor as q, k and v first, then three."""
+    options = {"scale": 0.25, "target": "cpp"}
+    with torch.no_grad():
+        x, y, z = (torch.randn(1, 2, 33, 16) for _ in range(3))
+        for _ in range(300):
+            attention(x, x, x, **options)
+        torch.testing.assert_close(attention(x, y, z, **options), reference(x, y, z, scale=0.25))
+        out = attention(x, y, z, **options)
+        assert out.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -215,7 +242,7 @@ def test_spec_of_a_call():
         ({"dim": 257}, "257"),
         ({"value_dim": 300}, "300"),
         ({"target": "triton"}, "cuda tensors, and q is on cpu"),
-        ({"target": "cpp"}, "target 'cpp'"),
+        ({"target": "metal"}, "target 'metal'"),
         ({"bias": torch.zeros(9, dtype=torch.float64)}, "not torch.float64"),
         ({"bias": torch.zeros(9, dtype=torch.int64)}, "not torch.int64"),
         ({"mask": "k_idx < 0"}, "hides every pair"),

@@ -24,6 +24,7 @@ from ...codegen.attention import (
     AttentionSpec,
     default_tiles,
 )
+from .. import fast_call
 from ..autotune import load_best
 from ..errors import UnsupportedKernel
 from .registry import LIBRARY
@@ -196,11 +197,13 @@ def _forward_kernel(
     mask: str,
     normalizer: str,
     target: str,
-) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32 (sigmoid: (B, Hq, 0)). bias and shift have four dimensions."""
+) -> fast_call.Launch:
+    """The launch that gives out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32 (sigmoid: (B, Hq, 0)).
+
+    bias and shift have four dimensions.
+    """
     chosen = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target)
-    inputs = (q, k, v, bias, shift, scale)
-    return load_best(chosen, target, lambda: inputs).launch(*inputs)
+    return load_best(chosen, target, lambda: (q, k, v, bias, shift, scale)).launch
 
 
 def _backward_kernel(
@@ -220,11 +223,11 @@ def _backward_kernel(
     target: str,
     grad_bias: bool,
     grad_shift: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the inputs' dtype, dbias of bias's shape and dshift (B, Hq, Lq), float32; (0,) what is not wanted.
+) -> fast_call.Launch:
+    """The launch that gives dq, dk, dv in the inputs' dtype, dbias of bias's shape and dshift (B, Hq, Lq), float32.
 
-    The bias's gradient has the bias's own shape, nothing larger: where the bias is broadcast over batch, heads or
-    queries, the kernel sums over them.
+    What is not wanted has shape (0,). The bias's gradient has the bias's own shape, nothing larger: where the bias is
+    broadcast over batch, heads or queries, the kernel sums over them.
     """
     forward = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target)
     chosen = backward_spec(
@@ -236,14 +239,22 @@ def _backward_kernel(
         large=_large_shared_memory(q.device) if target == "triton" else False,
     )
     inputs = (grad, q, k, v, bias, shift, out, lse, scale, grad_lse)
-    dq, dk, dv, dbias, dshift = load_best(chosen, target, lambda: inputs).launch(*inputs)
-    nothing = q.new_empty((0,), dtype=torch.float32)
-    return dq, dk, dv, nothing if dbias is None else dbias, nothing.clone() if dshift is None else dshift
+    kernel = load_best(chosen, target, lambda: inputs).launch
+
+    def launch(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        dq, dk, dv, dbias, dshift = kernel(grad, *rest)
+        # An operator returns tensors only, and none twice.
+        empty = functools.partial(torch.empty, 0, dtype=torch.float32, device=grad.device)
+        return dq, dk, dv, empty() if dbias is None else dbias, empty() if dshift is None else dshift
+
+    return launch
 
 
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("attention_forward", _forward_kernel, _device)
-    LIBRARY.impl("attention_backward", _backward_kernel, _device)
+_INPUTS = ("q", "k", "v", "bias", "shift")
+fast_call.implement("attention_forward", _forward_kernel, passes=(*_INPUTS, "scale"))
+fast_call.implement(
+    "attention_backward", _backward_kernel, passes=("grad", *_INPUTS, "out", "lse", "scale", "grad_lse")
+)
 
 
 def _heads_last(like: Tensor, heads: Any, length: Any, dim: Any) -> Tensor:
