@@ -203,6 +203,26 @@ def test_resizing_and_sharing_work():
     assert torch.equal(z.clone(), z)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+def test_onednn_may_return_memory_at_any_time():
+    """It takes addresses from torch's allocator and hands them to the one that is in place when it is done."""
+    x = torch.randn(1024, 1024)
+    outside = x.to_mkldnn()
+    with memory.pool():
+        packed = x.to_mkldnn()
+        product = x.bfloat16() @ x.bfloat16()
+        del outside
+    small = torch.ones(8)
+    assert torch.equal(packed.to_dense(), x)
+    del packed
+    torch.testing.assert_close(product.float(), x @ x, atol=1.5, rtol=0.05)
+    del product
+    gc.collect()
+    assert memory.statistics().used_blocks == 0 and small.sum() == 8
+    again = x.to_mkldnn()
+    assert memory.statistics().used_blocks == 0 and torch.equal(again.to_dense(), x)
+
+
 def test_the_limit_bounds_what_is_kept_and_the_longest_idle_go_first():
     with settings.override(pool_limit=12 * MIB):
         assert memory.statistics().limit == 12 * MIB
