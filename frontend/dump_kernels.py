@@ -20,15 +20,13 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 import torch.fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..passes.execute import Hook, run, undisturbed
 from ..passes.site import get_site
@@ -37,6 +35,7 @@ from ..runtime import load
 from ..runtime.ops import OPS, CanonicalOp
 from .capture import copy_module
 from .dump_native import native_files
+from .dump_reference import differentiable_results, traced_reference
 from .lower import KernelUse, set_target
 from .page import template
 from .report_print import group_sites
@@ -54,8 +53,8 @@ _NATIVE_WORDS = (
     "`python check.py` builds `kernel.cpp` and compares it with `reference.py` on them. It needs torch and a C++",
     "compiler, nothing else.",
 )
-# Operands whose gradients a dump does not ask for: masks and biases are seldom trained.
-_NO_GRADIENT = ("bias", "shift")
+# Operands whose gradients a dump does not ask for: masks and biases are seldom trained, and a residual's is x's.
+_NO_GRADIENT = ("bias", "shift", "residual")
 
 
 @dataclass
@@ -87,7 +86,8 @@ def kernel_folders(compiled: CompiledModule | LoadedModule, backward: bool) -> I
         first = shared[0]
         op = OPS[first.op]
         example = _example(compiled, first)
-        launches = _record(op, example, first.target, backward) if example is not None else []
+        forward, after, grads = _record(op, example, first.target, backward) if example is not None else ([], [], {})
+        launches = forward + after
         if not any(launch.kernel.digest == first.digest for launch in launches):
             # No inputs, or sizes seen at compile time ask for another kernel than the example's: text and spec only.
             yield from _text_only(f"kernels/{number:02d}-{first.name}", first, shared, example)
@@ -99,7 +99,7 @@ def kernel_folders(compiled: CompiledModule | LoadedModule, backward: bool) -> I
             seen.add(launch.kernel.digest)
             assert example is not None
             name = f"kernels/{number:02d}-{launch.kernel.spec.kind}-{launch.kernel.digest[:8]}"
-            yield from _folder(name, launch, op, example, shared, is_backward=index > 0)
+            yield from _folder(name, launch, op, example, shared, grads if index >= len(forward) else None)
             number += 1
 
 
@@ -209,28 +209,38 @@ def _call(op: CanonicalOp, named: Mapping[str, Any], **changes: Any) -> Any:
     return op.overload(*args, **{a.name: merged[a.name] for a in schema if a.kwarg_only and a.name in merged})
 
 
-def _record(op: CanonicalOp, example: _Example, target: str, backward: bool) -> list[_Launch]:
-    """Call the op on its kernel target and note the launches: first the forward's, then the backward's."""
+def _record(
+    op: CanonicalOp, example: _Example, target: str, backward: bool
+) -> tuple[list[_Launch], list[_Launch], dict[str, torch.Tensor]]:
+    """Call the op on its kernel target: (launches of the forward, those of the backward, gradients it was given)."""
     named = dict(example.arguments)
-    leaves = []
+    grads: dict[str, torch.Tensor] = {}
+    with undisturbed():
+        _call(op, named, target=target)  # loads every kernel that the call needs
+        with _listening() as forward:
+            _call(op, named, target=target)
+    leaves: list[torch.Tensor] = []
     for name in _differentiable(op, named) if backward else ():
         named[name] = named[name].detach().requires_grad_(True)
         leaves.append(named[name])
+    if not leaves:
+        return forward, [], grads
 
-    def once() -> None:
-        with torch.enable_grad():
-            result = _call(op, named, target=target)
-            if leaves:
-                generator = torch.Generator().manual_seed(1)
-                results = result if isinstance(result, tuple | list) else [result]
-                grads = [torch.randn(one.shape, generator=generator).to(one) for one in results]
-                torch.autograd.grad(results, leaves, grads, allow_unused=True)
+    def once(launches: list[_Launch]) -> int:
+        result = _call(op, named, target=target)
+        before = len(launches)
+        generator = torch.Generator().manual_seed(1)
+        results = differentiable_results(result)
+        for index, one in enumerate(results):
+            grads[f"grad_{index}"] = torch.randn(one.shape, generator=generator).to(one)
+        torch.autograd.grad(results, leaves, list(grads.values()), allow_unused=True)
+        return before
 
-    with undisturbed():
-        once()  # loads every kernel that the call needs
+    with undisturbed(), torch.enable_grad():
+        once([])
         with _listening() as launches:
-            once()
-    return launches
+            before = once(launches)
+    return forward + launches[:before], launches[before:], grads
 
 
 @contextlib.contextmanager
@@ -288,17 +298,23 @@ def _text_only(
 
 
 def _folder(
-    folder: str, launch: _Launch, op: CanonicalOp, example: _Example, uses: list[KernelUse], *, is_backward: bool
+    folder: str,
+    launch: _Launch,
+    op: CanonicalOp,
+    example: _Example,
+    uses: list[KernelUse],
+    grads: Mapping[str, torch.Tensor] | None,
 ) -> Iterator[tuple[str, str | bytes]]:
+    """grads: what a backward kernel's reference takes; None for a forward kernel."""
     kernel = launch.kernel
+    is_backward = grads is not None
     store = _TensorStore()
     launch_args = [store.put(name, item) for name, item in zip(launch.names, launch.args, strict=True)]
-    if is_backward:
+    if grads is not None:
         wrt = _differentiable(op, example.arguments)
-        grad = launch.args[0]
-        tensors, source = _traced(op, {**example.arguments, "grad": grad}, wrt)
+        tensors, source = traced_reference(op, {**example.arguments, **grads}, wrt)
     else:
-        tensors, source = _traced(op, example.arguments, None)
+        tensors, source = traced_reference(op, example.arguments, None)
         wrt = ["out"]
     dtype = next(t for t in tensors.values() if t.dtype.is_floating_point).dtype
     tolerance = op.tolerance[dtype]
@@ -353,6 +369,10 @@ class _TensorStore:
         """How call.json writes an argument: ``{"tensor", "shape", "stride"}``, or a JSON value."""
         if isinstance(item, torch.dtype):
             return {"dtype": str(item).removeprefix("torch.")}
+        if isinstance(item, list | tuple):
+            return [self.put(f"{name}_{index}", one) for index, one in enumerate(item)]
+        if callable(item):  # a service of the runtime, which a launch does without
+            return None
         if not isinstance(item, torch.Tensor):
             return item
         same = (item.data_ptr(), tuple(item.shape), item.stride(), item.dtype)
@@ -363,96 +383,3 @@ class _TensorStore:
             narrow = item[tuple(slice(0, 1) if step == 0 and size > 1 else slice(None) for size, step in _dims(item))]
             self.tensors[key] = narrow.detach().cpu().contiguous().clone()
         return {"tensor": key, "shape": list(item.shape), "stride": list(item.stride())}
-
-
-def _traced(op: CanonicalOp, named: Mapping[str, Any], wrt: list[str] | None) -> tuple[dict[str, torch.Tensor], str]:
-    """The reference as straight-line torch code for these arguments, in float64, and the tensors it takes.
-
-    wrt: names of the operands to give gradients for; the output itself when None.
-    """
-    tensors = {name: item.detach() for name, item in named.items() if isinstance(item, torch.Tensor)}
-    constants = {
-        # A dtype asked of the result would round it.
-        name: torch.float64 if isinstance(item, torch.dtype) and item.is_floating_point else item
-        for name, item in named.items()
-        if name not in tensors and name != "target"
-    }
-    wide = {name: t.double() if t.dtype.is_floating_point else t for name, t in tensors.items()}
-    order = list(wide)
-
-    def forward(*inputs: torch.Tensor) -> Any:
-        given = dict(zip(order, inputs, strict=True))
-        grad = given.pop("grad", None)
-        if wrt is None:
-            return _reference(op, given, constants)
-        leaves = {name: given[name].detach().requires_grad_(True) for name in wrt}
-        with torch.enable_grad():
-            result = _reference(op, {**given, **leaves}, constants)
-            return torch.autograd.grad(result, list(leaves.values()), grad)
-
-    with undisturbed():
-        traced = make_fx(_flat(forward, len(order)))(*wide.values())
-    traced.graph.eliminate_dead_code()
-    for node, name in zip([n for n in traced.graph.nodes if n.op == "placeholder"], order, strict=True):
-        node.name = node.target = name
-    code = traced.graph.python_code("self").src
-    return tensors, _reference_source(op, traced, code, order, constants, wrt)
-
-
-def _flat(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    # make_fx names inputs after the signature, and a starred one is taken as it is called.
-    def call(*inputs: Any) -> Any:
-        assert len(inputs) == count
-        return function(*inputs)
-
-    return call
-
-
-def _reference(op: CanonicalOp, tensors: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
-    merged = {**tensors, **constants}
-    schema = [a for a in op.overload._schema.arguments if a.name in merged]
-    args = [merged[a.name] for a in schema if not a.kwarg_only]
-    return op.reference(*args, **{a.name: merged[a.name] for a in schema if a.kwarg_only})
-
-
-def _reference_source(
-    op: CanonicalOp,
-    traced: torch.fx.GraphModule,
-    code: str,
-    order: list[str],
-    constants: Mapping[str, Any],
-    wrt: list[str] | None,
-) -> str:
-    lines = code.strip("\n").splitlines()
-    start = next(index for index, line in enumerate(lines) if line.startswith("def "))
-    body = [line.split(";  ")[0] if ";  " in line else line for line in lines[start + 1 :] if line.strip()]
-    attributes = {n.target: getattr(traced, n.target) for n in traced.graph.nodes if n.op == "get_attr"}
-    for name, tensor in attributes.items():
-        # Constants that tracing met, such as 0-d tensors.
-        literal = f"torch.tensor({tensor.tolist()!r}, dtype={tensor.dtype})"
-        body = [line.replace(f"self.{name}", literal) for line in body]
-    given = ", ".join(f"{name}={item!r}" for name, item in constants.items())
-    what = f"the gradients of tilewright::{op.name} by {', '.join(wrt)}" if wrt else f"tilewright::{op.name}"
-    general = textwrap.indent(inspect.getsource(op.reference).rstrip(), "# ", lambda line: True)
-    return "\n".join(
-        [
-            f'"""What is correct: {what}, in float64.',
-            "",
-            f"Constants of this call: {given or 'none'}.",
-            "The steps were traced for the shapes of inputs.safetensors; the definition they come from is at the end.",
-            '"""',
-            "",
-            "import torch",
-            "from torch import device, inf, nan",
-            "",
-            "",
-            f"def reference({', '.join(order)}):",
-            *body,
-            "",
-            "",
-            "# The definition:",
-            "#",
-            *(line.rstrip() for line in general.splitlines()),
-            "",
-        ]
-    )
