@@ -15,8 +15,8 @@ MOST_WEIGHTS = 8
 class LinearSpec(KernelSpec):
     """``act(x W^T + b)``, times a second product when ``gated``, plus a residual; several weights in one call.
 
-    dtype: of x, weights, bias, residual and the result; sums are float32. Sizes, strides and whether there is a bias or a
-    residual are known at run time.
+    dtype: of x, weights, bias, residual and the result; sums are float32. Sizes, strides and whether there is a bias or
+    a residual are known at run time.
     """
 
     kind: ClassVar[str] = "linear"

@@ -1,7 +1,7 @@
 """Linear layers and what follows them in one kernel call: activation, gate, residual, and layers that share an input.
 
-For the native CPU kernel, whose results pass through registers once; and every call that is saved is a few microseconds.
-Only for graphs that run without gradients: a fused node has none of its own kernel (its reference form has).
+For the native CPU kernel, which finishes its sums while they are in registers; and a call less is some microseconds
+less. Only for graphs that run without gradients: a fused node has none of its own kernel (its reference form has).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def fuse(module: torch.fx.GraphModule) -> int:
     """Form ``tilewright::linear_fused`` nodes from raised ones, in place. Returns how many were formed.
 
     A linear layer takes up an activation and then a residual sum where it is the only one that feeds them; two layers
-    take up the ``gated_mlp`` they alone feed; layers that share an input become one whose result is split. A node has the site of
-    its first linear layer. Nothing is fused across a write in place, or out of or into an autocast region.
+    take up the ``gated_mlp`` they alone feed; layers that share an input become one whose result is split. A node has
+    the site of its first linear layer. Nothing is fused across a write in place, or out of or into an autocast region.
     """
     view = GraphView(module)
     count = 0
@@ -81,7 +81,7 @@ def _parts(node: Node) -> dict[str, Any]:
 
 
 def _feeds_only(item: Any, user: Node, view: GraphView) -> tuple[Node, list[Node]] | None:
-    """The linear layer behind ``item``, a chain of copies, and that chain, if nothing but ``user`` reads any of them."""
+    """The linear layer behind the chain of copies ``item``, and that chain, if nothing but ``user`` reads them."""
     node = peel(item)
     if not isinstance(node, Node) or node.target not in (_ops.linear.default, _ops.linear_fused.default):
         return None
@@ -235,7 +235,7 @@ def _merge(view: GraphView, group: list[Node]) -> int:
 
 
 def _survives(node: Node, shown: Any, update: Callable[[tuple[Node, Any]], None]) -> bool:
-    """Whether the views of ``node`` still exist when its value is laid out as ``shown``; their values go to ``update``."""
+    """Whether the views of ``node`` exist when its value is laid out as ``shown``; ``update`` gets their values."""
     for user in node.users:
         if user.target not in _VIEWS or user.args[0] is not node:
             if user.op == "output":

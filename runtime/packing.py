@@ -1,12 +1,12 @@
 """Weights in the order in which a kernel reads them, made once and kept beside the weights.
 
 A packed weight is one more copy: as many bytes as the weight for bfloat16, one and a half times as many for float32
-(three bfloat16 slices a number). It is made at the first call with enough rows to need it, and goes when the weight goes.
+(three bfloat16 slices a number). It is made at the first call with enough rows to need it, and goes with the weight.
 
-Whether it still holds is asked at every call: the same memory, sizes and strides, a storage that has not died since, and
-the version that torch counts up at every write in place (``load_state_dict``, ``copy_``, optimizer steps). Writes that
-torch does not count (through ``.data``, numpy, another process) are found by the kernel, which compares 64 samples of each
-weight; one that touches few elements may be missed: call :func:`forget` after it.
+Whether it still holds is asked at every call: the same memory, sizes and strides, a storage that has not died since,
+and the version that torch counts up at every write in place (``load_state_dict``, ``copy_``, optimizer steps). Writes
+that torch does not count (through ``.data``, numpy, another process) are found by the kernel, which compares 64 samples
+of each weight; one that touches few elements may be missed: call :func:`forget` after it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _entries: dict[Any, _Entry] = {}
 def packed(weights: Sequence[Tensor], order: str, size: int, fill: Callable[[Tensor], None]) -> Tensor:
     """The weights in a kernel's order, packed now unless an earlier result still holds.
 
-    order: what tells this order from others of the same weights. size: bytes. fill(buffer): packs the weights as they are.
+    order: what tells this order from others of the same weights. size: bytes. fill(buffer): packs the weights as they
+    are.
     Inference tensors have no version, so theirs are packed at every call.
     """
     key = (order, size, *((w.data_ptr(), w.shape, w.stride(), w.dtype) for w in weights))

@@ -81,17 +81,23 @@ def _check_shapes(
 ) -> tuple[int, ...]:
     """The result's shape. Raises RuntimeError, as torch does, when sizes disagree."""
     for weight, bias in zip(weights, biases, strict=True):
-        torch._check(weight.size(1) == x.size(-1), lambda: f"linear: x is {x.shape}, but a weight {weight.shape}")
+        _agree("x", x.size(-1), "weight", weight.size(1))
         if bias is not None:
-            torch._check(bias.size(0) == weight.size(0), lambda: f"linear: weight {weight.shape}, bias {bias.shape}")
+            _agree("weight", weight.size(0), "bias", bias.size(0))
     width = sum(weight.size(0) for weight in weights)
     if gated:
-        torch._check(weights[0].size(0) == weights[1].size(0), lambda: "linear: gated weights have one shape")
+        _agree("the gate", weights[0].size(0), "what it multiplies", weights[1].size(0))
         width = weights[0].size(0)
     shape = (*x.shape[:-1], width)
     if residual is not None:
-        torch._check(tuple(residual.shape) == shape, lambda: f"linear: residual is {residual.shape}, not {shape}")
+        torch._check(residual.dim() == len(shape), lambda: "linear: a residual has the result's shape")
+        for mine, wanted in zip(residual.shape, shape, strict=True):
+            _agree("residual", mine, "result", wanted)
     return shape
+
+
+def _agree(one: str, size: int, other: str, wanted: int) -> None:
+    torch._check(size == wanted, lambda: f"linear: {one} and {other} disagree: {size} and {wanted}")
 
 
 def _launch(

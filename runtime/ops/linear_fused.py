@@ -27,7 +27,7 @@ def reference(
 
     x: (..., K). weights: (N_i, K) each; biases: (N_i,) or None each. Their results follow each other in the last
     dimension; ``gated`` takes two of one shape and gives ``act(first) * second``. residual: of the result's shape.
-    activation: ``none`` or one of gated_mlp's. One floating dtype. Returns (..., sum of N_i), gated (..., N), contiguous.
+    activation: ``none`` or one of gated_mlp's. One floating dtype. Returns (..., sum of N_i), gated (..., N).
     """
     if activation not in ACTIVATIONS:
         raise BadArgument(f"linear_fused has no activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
