@@ -97,6 +97,63 @@ def openvino_model(model: torch.nn.Module, kwargs: dict[str, Any], precision: st
     return call
 
 
+class _CachedStep(torch.nn.Module):
+    """One token behind a cache whose keys and values come in and go out as tensors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token: Tensor, position: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache(config=self.model.config)
+        for number, layer in enumerate(cache.layers):
+            keys, values = past[2 * number : 2 * number + 2]
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        out = self.model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+        return out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def openvino_decoder(model: Any, past: list[Tensor], tokens: Tensor, precision: str, threads: int) -> Call:
+    """Feed ``tokens`` (1, steps) one at a time behind ``past`` (keys, values of each layer: (1, heads, length, dim)).
+
+    The cache is the compiled model's own state, which grows; a call sets it back to ``past``. Gives logits
+    (1, steps, vocabulary).
+    """
+    openvino = need("openvino")
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    start = past[0].shape[2]
+    example = (tokens[:, :1], torch.tensor([[start]]), past)
+    free = [{2: torch.export.Dim.AUTO} for _ in past]
+    with torch.no_grad():
+        exported = torch.export.export(_CachedStep(model), example, dynamic_shapes=({}, {}, free), strict=False)
+    converted = openvino.convert_model(exported)
+    names = {f"past{number}": f"present{number}" for number in range(len(past))}
+    for number, (old, new) in enumerate(names.items()):
+        converted.inputs[2 + number].get_tensor().set_names({old})
+        converted.outputs[1 + number].get_tensor().set_names({new})
+    apply_make_stateful_transformation(converted, names)
+    request = (
+        _core(threads).compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": precision}).create_infer_request()
+    )
+    arrays = [tensor.float().contiguous().numpy() for tensor in past]
+
+    def call() -> Tensor:
+        for state in request.query_state():
+            number = int(state.name.partition("present")[0].removeprefix("past"))
+            state.state = openvino.Tensor(arrays[number])
+        logits = []
+        for step, token in enumerate(tokens[0].tolist()):
+            request.infer([[[token]], [[start + step]]])
+            logits.append(torch.from_numpy(request.get_output_tensor(0).data.copy()))
+        return torch.cat(logits, dim=1)
+
+    return call
+
+
 # llama.cpp
 
 

@@ -24,8 +24,11 @@ BOUND = {torch.float32: Bound(1e-3, largest=True), torch.bfloat16: Bound(1e-1, l
 def loaded(name: str, dtype: torch.dtype) -> LoadedModel:
     """The bundled model; :class:`Skip` with the remedy when its package is missing."""
     try:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()  # its remarks would stand between the tables
         return load_model(name, dtype=dtype)
-    except (UnknownModel, MissingDependency) as error:
+    except (ImportError, UnknownModel, MissingDependency) as error:
         raise Skip(str(error)) from error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..harness import Bound, Case, Contender, Problem, Skip, Suite
 from ..machine import dtype_name
 from ..measure import Call, Limits
-from ..peers import first_tensor, inductor, llama_cpp
+from ..peers import first_tensor, inductor, llama_cpp, openvino_decoder
 from ..record import Kind
 from . import _models
 from .attention import BOUND, Sample, ours
@@ -106,6 +106,15 @@ def decode(dtype: torch.dtype) -> Problem:
             raise Skip("runs the 4-bit file, timed in the float32 row")
         return _llama(tokens)
 
+    def openvino() -> Call:
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        exact(input_ids=tokens[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        past = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+        return openvino_decoder(exact, past, tokens[:, PROMPT:], precision, torch.get_num_threads())
+
     return Problem(
         "ours",
         [
@@ -116,6 +125,7 @@ def decode(dtype: torch.dtype) -> Problem:
                 Kind.PEER,
                 make=lambda: Steps(model, inductor(model, freezing=True), tokens, static=True),
             ),
+            Contender("openvino", Kind.PEER, make=openvino),
             Contender("llama.cpp, 4-bit", Kind.PEER, make=llama, bytes=STEPS * GGUF_BYTES, bound=GGUF_BOUND),
             Contender("ours", Kind.OURS, make=own),
         ],
