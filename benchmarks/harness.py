@@ -127,7 +127,7 @@ class Case:
 @dataclass(frozen=True)
 class Suite:
     """about: one sentence. headline: patterns of the rows that the README shows. compare: pairs of our contenders whose
-    ratio is a column (slower one first). plot: the parameter on the x axis, and the ones that make a panel."""
+    ratio is a column (slower one first). plot_panels: the parameters whose values make a panel of the picture."""
 
     name: str
     about: str
@@ -135,7 +135,6 @@ class Suite:
     device: str = "cpu"
     headline: tuple[str, ...] = ()
     compare: tuple[tuple[str, str], ...] = ()
-    plot_x: str = ""
     plot_panels: tuple[str, ...] = ()
 
 

@@ -62,6 +62,7 @@ def describe(device: str, threads: int, affinity: list[int]) -> dict[str, Any]:
         "affinity": affinity,
         "caches": caches(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # others on the machine
         "huge_pages": _first_line(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

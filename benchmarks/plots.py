@@ -72,7 +72,7 @@ def _panel(axis: Any, title: str, rows: list[Row], colors: dict[str, str]) -> No
             label = None if entry.name in drawn else entry.name
             drawn.add(entry.name)
             spread = [[ratio.median - ratio.q1], [ratio.q3 - ratio.median]]
-            marker = {Kind.OURS: "D", Kind.PEER: "o", Kind.FLOOR: "|"}[entry.kind]
+            marker = {Kind.OURS: "D", Kind.PEER: "o", Kind.FLOOR: "|", Kind.CONTEXT: "x"}[entry.kind]
             axis.errorbar(
                 [ratio.median], [place], xerr=spread, fmt=marker, color=colors[entry.name], label=label, markersize=5
             )
@@ -95,11 +95,12 @@ def _yardstick(row: Row) -> str | None:
 
 def _colors(record: Record) -> dict[str, str]:
     found: dict[str, str] = {}
-    counts = dict.fromkeys(Kind, 0)
+    counts = {True: 0, False: 0}
     for row in record.rows:
         for entry in row.entries:
             if entry.name not in found:
-                palette = OURS if entry.kind is Kind.OURS else COLORS
-                found[entry.name] = palette[counts[entry.kind] % len(palette)]
-                counts[entry.kind] += 1
+                own = entry.kind is Kind.OURS
+                palette = OURS if own else COLORS
+                found[entry.name] = palette[counts[own] % len(palette)]
+                counts[own] += 1
     return found

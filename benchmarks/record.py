@@ -34,11 +34,13 @@ class State(StrEnum):
 
 
 class Kind(StrEnum):
-    """OURS, a PEER, or a FLOOR: less work than the row asks for, such as a copy; no contender in ratios to the best."""
+    """OURS and PEER compute the row's function. The others are shown and never count as the best peer: a FLOOR does
+    less, such as a copy, and is not checked; CONTEXT does something else, such as the model with 4-bit weights."""
 
     OURS = "ours"
     PEER = "peer"
     FLOOR = "floor"
+    CONTEXT = "context"
 
 
 @dataclass

@@ -63,7 +63,7 @@ def row_table(row: Row) -> Table:
     for name in ("", "median", "quartiles", "time / ours", "of floor", "of tolerance", "output", ""):
         table.add_column(name, justify="left" if name in ("", "output") else "right", no_wrap=name != "")
     for entry in row.entries:
-        style = {Kind.OURS: "bold", Kind.FLOOR: "dim"}.get(entry.kind, "")
+        style = {Kind.OURS: "bold", Kind.FLOOR: "dim", Kind.CONTEXT: "dim"}.get(entry.kind, "")
         error = share_text(entry.of_tolerance)
         if not entry.timed:
             color = "dim" if entry.state is State.SKIPPED else "red"

@@ -77,6 +77,7 @@ def row(name: str = "double/1", factor: float = 1.0) -> Row:
         Entry("peer", Kind.PEER, State.OK, "", "reused", [4e-3, 4.4e-3, 3.6e-3], 1e-8, 0.1),
         Entry("slow peer", Kind.PEER, State.OK, "", "fresh", [9e-3, 9e-3, 9e-3], 1e-8, 0.1),
         Entry("gone", Kind.PEER, State.SKIPPED, "gone is not installed"),
+        Entry("4-bit", Kind.CONTEXT, State.OK, "", "fresh", [1.5e-3, 1.5e-3, 1.5e-3], 1e-2, 0.9),
         Entry("copy", Kind.FLOOR, State.OK, "", "reused", [1e-3, 1e-3, 1e-3]),
         Entry("ours", Kind.OURS, State.OK, "", "fresh", [2e-3 * factor] * 3, 1e-8, 0.1, 99),
     ]

@@ -112,8 +112,8 @@ def test_summary_and_detail() -> None:
     assert first == ["double/1", "L2", "2.00 ms", "peer, 4.00 ms", "2.00x (1.90-2.10)", "50%", "2.00x (1.90-2.10)"]
     assert second[4].startswith("0.50x")
     assert third == ["double/3", "L2", "skipped: no kernel", "-", "-", "-", "-"]
-    assert tables.detail(one)[0] == ["row", "floor", "peer", "slow peer", "gone", "copy", "ours"]
-    assert tables.detail(one)[1] == ["double/1", "1.00 ms", "4.00 ms", "9.00 ms", "-", "1.00 ms", "2.00 ms"]
+    assert tables.detail(one)[0] == ["row", "floor", "peer", "slow peer", "gone", "4-bit", "copy", "ours"]
+    assert tables.detail(one)[1] == ["double/1", "1.00 ms", "4.00 ms", "9.00 ms", "-", "1.50 ms", "1.00 ms", "2.00 ms"]
     assert tables.overview(one) == (
         "2 rows; at least as fast as the best peer on 1; best peer / ours: median 1.25x, from 0.50x to 2.00x"
     )
@@ -153,7 +153,7 @@ def test_the_command_shows_a_file(tmp_path: Path) -> None:
     assert "2.00x (1.90-2.10)" in shown and "A CPU" in shown
     assert Record.from_json(invoke("--show", str(path), "--json").stdout) == record()
     bad = record(rows=[row()])
-    bad.rows[0].entries[4].state, bad.rows[0].entries[4].word = State.WRONG, "off by 7"
+    bad.rows[0].entry("ours").state, bad.rows[0].entry("ours").word = State.WRONG, "off by 7"
     records.write(bad, path)
     assert "off by 7" in invoke("--show", str(path), code=1).stderr
 

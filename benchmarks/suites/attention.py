@@ -165,6 +165,5 @@ SUITE = Suite(
     cases,
     headline=("*/causal/2048x64", "*/causal/8192x64", "bfloat16/full/2048x64"),
     compare=(("ours", "ours sigmoid"), ("sdpa", "ours sigmoid")),
-    plot_x="length",
     plot_panels=("dtype", "causal"),
 )

@@ -126,7 +126,7 @@ def decode(dtype: torch.dtype) -> Problem:
                 make=lambda: Steps(model, inductor(model, freezing=True), tokens, static=True),
             ),
             Contender("openvino", Kind.PEER, make=openvino),
-            Contender("llama.cpp, 4-bit", Kind.PEER, make=llama, bytes=STEPS * GGUF_BYTES, bound=GGUF_BOUND),
+            Contender("llama.cpp, 4-bit", Kind.CONTEXT, make=llama, bytes=STEPS * GGUF_BYTES, bound=GGUF_BOUND),
             Contender("ours", Kind.OURS, make=own),
         ],
         lambda: first_tensor(exact(input_ids=tokens, use_cache=False, logits_to_keep=STEPS)),
@@ -164,6 +164,6 @@ SUITE = Suite(
     "Batch 1: attention of one query over 1,024 to 131,072 keys, and SmolLM2's tokens per second.",
     cases,
     headline=("attention/*/32768x8-8x64", "smollm2/*"),
-    plot_x="keys",
+    compare=(("ours", "llama.cpp, 4-bit"),),
     plot_panels=("dtype", "heads"),
 )

@@ -134,7 +134,9 @@ def problem(case: Shape, backward: bool, device: str = "cuda", target: str = "tr
         "ours": (Kind.OURS, lambda length: ours(case, length, device, target))
     }
     if not case.window:
-        makers["sdpa"] = (Kind.PEER, lambda length: sdpa(case))
+        # Beside sigmoid it computes another function: there it is timed for scale only.
+        kind = Kind.PEER if case.normalizer == "softmax" else Kind.CONTEXT
+        makers["sdpa"] = (kind, lambda length: sdpa(case))
     if case.normalizer == "softmax":
         makers["flex"] = (Kind.PEER, lambda length: flex(case, length, device))
     visible = case.visible if case.causal else None

@@ -125,6 +125,7 @@ SUITE = Suite(
     "models",
     "MiniLM and SmolLM2 (prefill, logits of the last token), exact passes only; and the first call in a new process.",
     cases,
+    compare=(("eager", "ours"), ("compile", "ours"), ("openvino", "ours")),
     headline=("minilm/*", "smollm2/*", "first-call/*"),
     plot_panels=("model", "dtype"),
 )
