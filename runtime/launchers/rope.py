@@ -21,31 +21,47 @@ MAX_LAYOUTS = 1024
 
 
 def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[int], torch.dtype], Tensor]) -> Any:
-    """``launch(x, cos, sin) -> out``, contiguous, in the shape the three broadcast to. Any strides."""
+    """``launch(x, cos, sin) -> out``, in the shape the three broadcast to. Any strides.
+
+    Where that is x's own shape, out has the strides of ``torch.empty_like(x)``, else it is contiguous.
+    """
     out_dtype = getattr(torch, spec["out_dtype"])
     layouts: dict[Any, Any] = {}
 
-    def prepare(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """The result's shape and the C array of batch sizes and strides; None where the kernel cannot walk the rows."""
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-        strides = [t.expand(shape).stride() for t in tensors]
-        walkable = 0 in shape or (len(shape) - 1 <= MAX_RANK and all(s[-1] == 1 for s in strides))
-        numbers = [*shape[:-1], *(step for s in strides for step in s[:-1])]
+    def prepare(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Any, ...]:
+        """The result's shape and strides (None: contiguous), and the C array of batch sizes and strides.
+
+        The array is None where the kernel cannot walk the rows, and of length 0 where there are none.
+        """
+        shape = torch.broadcast_shapes(x.shape, cos.shape, sin.shape)
+        out = torch.empty_like(x, device="meta") if x.shape == shape else torch.empty(shape, device="meta")
+        kept = None if out.stride() == torch.empty(shape, device="meta").stride() else out.stride()
+        strides = [t.expand(shape).stride() for t in (x, cos, sin, out)]
         if len(layouts) >= MAX_LAYOUTS:
             layouts.clear()
-        return shape, (ctypes.c_int64 * max(len(numbers), 1))(*numbers) if walkable else None
+        if out.numel() == 0:
+            return shape, kept, ()
+        if len(shape) - 1 > MAX_RANK or any(s[-1] != 1 for s in strides):
+            return shape, kept, None
+        # Rows in the order in which they lie in memory.
+        dims = sorted(range(len(shape) - 1), key=lambda d: -out.stride(d))
+        numbers = [*(shape[d] for d in dims), *(s[d] for s in strides for d in dims)]
+        return shape, kept, (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
 
     def launch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         key = x.shape, x.stride(), cos.shape, cos.stride(), sin.shape, sin.stride()
         found = layouts.get(key)
         if found is None:
-            found = layouts[key] = prepare((x, cos, sin))
-        shape, layout = found
+            found = layouts[key] = prepare(x, cos, sin)
+        shape, strides, layout = found
         if layout is None:
             flat = [t.expand(shape).contiguous().view(-1, shape[-1]) for t in (x, cos, sin)]
-            return launch(*flat).view(shape)
+            out = launch(*flat).view(shape)
+            return out if strides is None else torch.empty_strided(shape, strides, dtype=out_dtype).copy_(out)
         out = empty(shape, out_dtype)
-        if out.numel():
+        if strides is not None:
+            out = out.as_strided(shape, strides)
+        if layout:
             function(
                 torch.get_num_threads(),
                 x.data_ptr(),

@@ -95,6 +95,8 @@ def _fake(
     x: Tensor, cos: Tensor, sin: Tensor, layout: str, transposed: bool, dtype: torch.dtype, target: str
 ) -> Tensor:
     shape = torch.broadcast_shapes(x.shape, cos.shape, sin.shape)
+    if tuple(shape) == tuple(x.shape):
+        return torch.empty_like(x, dtype=dtype)
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
