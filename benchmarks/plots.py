@@ -43,7 +43,13 @@ def draw(record: Record, suite: Suite, folder: Path) -> list[Path]:
     colors = _colors(record)
     heights = [0.8 + 0.34 * len(rows) for rows in panels.values()]
     figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(9, sum(heights) + 1), squeeze=False, height_ratios=heights, layout="constrained"
+        len(panels),
+        1,
+        figsize=(9, sum(heights) + 1),
+        squeeze=False,
+        sharex=True,
+        height_ratios=heights,
+        layout="constrained",
     )
     for axis, (title, rows) in zip(axes[:, 0], panels.items(), strict=True):
         _panel(axis, title, rows, colors)
@@ -81,7 +87,7 @@ def _panel(axis: Any, title: str, rows: list[Row], colors: dict[str, str]) -> No
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="x", which="both", labelsize=7)
+    axis.tick_params(axis="x", which="both", labelsize=7, labelbottom=True)
     axis.grid(axis="x", which="both", alpha=0.25)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_title(title, fontsize=9, loc="left")
