@@ -123,8 +123,7 @@ def openvino_decoder(model: Any, past: list[Tensor], tokens: Tensor, precision: 
     (1, steps, vocabulary).
     """
     openvino = need("openvino")
-    from openvino._offline_transformations import apply_make_stateful_transformation
-
+    make_stateful = need("openvino._offline_transformations").apply_make_stateful_transformation
     start = past[0].shape[2]
     example = (tokens[:, :1], torch.tensor([[start]]), past)
     free = [{2: torch.export.Dim.AUTO} for _ in past]
@@ -135,7 +134,7 @@ def openvino_decoder(model: Any, past: list[Tensor], tokens: Tensor, precision: 
     for number, (old, new) in enumerate(names.items()):
         converted.inputs[2 + number].get_tensor().set_names({old})
         converted.outputs[1 + number].get_tensor().set_names({new})
-    apply_make_stateful_transformation(converted, names)
+    make_stateful(converted, names)
     request = (
         _core(threads).compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": precision}).create_infer_request()
     )
