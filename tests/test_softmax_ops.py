@@ -30,7 +30,7 @@ def edge_cases():
     return [x, torch.randn(()), torch.randn(3, 0), torch.randn(0, 3), torch.randn(4, 1), torch.randn(1)]
 
 
-@pytest.mark.parametrize("target", ["reference", TARGET])
+@pytest.mark.parametrize("target", ["reference", TARGET, "cpp"])
 @pytest.mark.parametrize("log", [False, True])
 def test_edge_cases_are_torchs(target, log):
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def test_a_hidden_row_is_nan_as_after_masked_fill():
     x, visible = torch.randn(3, 8), torch.ones(3, 1, dtype=torch.bool)
     visible[1] = False
     expected = torch.softmax(x.masked_fill(~visible, -INF), 1)
-    for target in ("reference", TARGET):
+    for target in ("reference", TARGET, "cpp"):
         torch.testing.assert_close(op(x, 1, visible, target=target), expected, equal_nan=True)
     assert expected[1].isnan().all()
 
@@ -75,9 +75,10 @@ def test_dtype_is_as_in_torch_softmax(dtype):
     assert op(torch.arange(6).reshape(2, 3), 1, dtype=torch.float32).dtype == torch.float32
 
 
+@pytest.mark.parametrize("target", [TARGET, "cpp"])
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("kind", ["none", "additive", "mask"])
-def test_gradients_against_float64(log, kind):
+def test_gradients_against_float64(log, kind, target):
     torch.manual_seed(1)
     shape = (2, 3, 20)
     bias = {"none": None, "additive": torch.randn(3, 1), "mask": torch.rand(2, 1, 20) > 0.3}[kind]
@@ -93,7 +94,7 @@ def test_gradients_against_float64(log, kind):
         return first, second
 
     def ours(x, b=bias):
-        return op(x, 2, b, scale=0.7, log=log, target=TARGET)
+        return op(x, 2, b, scale=0.7, log=log, target=target)
 
     def exact(x, b=bias):
         return ops.reference(x, 2, b, scale=0.7, log=log)
@@ -107,15 +108,16 @@ def test_gradients_against_float64(log, kind):
             torch.testing.assert_close(a.double(), e, rtol=0, atol=bound * 2.0**-24)
 
 
-def test_half_gradients_come_back_in_the_inputs_dtype():
+@pytest.mark.parametrize("target", [TARGET, "cpp"])
+def test_half_gradients_come_back_in_the_inputs_dtype(target):
     x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
     bias = torch.randn(8, dtype=torch.float16, requires_grad=True)
-    y = op(x, 1, bias, scale=0.5, target=TARGET)
+    y = op(x, 1, bias, scale=0.5, target=target)
     y.sum().backward()
     assert y.dtype == torch.float32 and x.grad.dtype == torch.bfloat16 and bias.grad.dtype == torch.float16
 
 
-@pytest.mark.parametrize("target", ["reference", TARGET])
+@pytest.mark.parametrize("target", ["reference", TARGET, "cpp"])
 @pytest.mark.parametrize("log", [False, True])
 def test_opcheck(target, log):
     x = torch.randn(3, 4, 10, requires_grad=True)
@@ -123,24 +125,26 @@ def test_opcheck(target, log):
         opcheck(op.default, (x, -1, bias), {"scale": 0.5, "log": log, "target": target})
 
 
-def test_opcheck_of_the_kernel_ops():
+@pytest.mark.parametrize("target", [TARGET, "cpp"])
+def test_opcheck_of_the_kernel_ops(target):
     x, bias = torch.randn(3, 10, requires_grad=True), torch.randn(10, requires_grad=True)
     forward = torch.ops.tilewright.softmax_forward.default
-    opcheck(forward, (x, bias, 1, 2.0, torch.float32, False, "two_pass", TARGET))
-    opcheck(forward, (x.detach().bfloat16().t(), None, 0, 1.0, torch.bfloat16, True, "auto", TARGET))
+    opcheck(forward, (x, bias, 1, 2.0, torch.float32, False, "two_pass", target))
+    opcheck(forward, (x.detach().bfloat16().t(), None, 0, 1.0, torch.bfloat16, True, "auto", target))
     y = torch.softmax(x, 1).detach().requires_grad_()
     grad = torch.randn(3, 10, requires_grad=True)
-    opcheck(torch.ops.tilewright.softmax_backward.default, (grad, y, 1, 2.0, torch.float32, False, TARGET))
+    opcheck(torch.ops.tilewright.softmax_backward.default, (grad, y, 1, 2.0, torch.float32, False, target))
 
 
-def test_compiled_with_lengths_that_vary(fresh_dynamo):
+@pytest.mark.parametrize("target", [TARGET, "cpp"])
+def test_compiled_with_lengths_that_vary(fresh_dynamo, target):
     seen = []
 
     def backend(gm, inputs):
         seen.append(gm)
         return gm.forward
 
-    compiled = torch.compile(lambda x: op(2 * x, -1, scale=0.5, target=TARGET), backend=backend, dynamic=True)
+    compiled = torch.compile(lambda x: op(2 * x, -1, scale=0.5, target=target), backend=backend, dynamic=True)
     for n in (5, 9, 33):
         x = torch.randn(2, n)
         torch.testing.assert_close(compiled(x), torch.softmax(x, -1))
@@ -152,6 +156,9 @@ def no_kernel(match, *args, **kwargs):
         ops.spec(*args, **{"target": TARGET} | kwargs)
 
 
+NATIVE_ONE_READ = {"algorithm": "one_read", "target": "cpp"}
+
+
 def test_what_has_no_kernel_says_why():
     x = torch.randn(2, 5)
     no_kernel("x is float64", x.double(), 1)
@@ -161,7 +168,10 @@ def test_what_has_no_kernel_says_why():
     no_kernel("the result is float64", x, 1, dtype=torch.float64)
     no_kernel("dtype=float16 rounds the float32 scores", x, 1, dtype=torch.float16)
     no_kernel("target triton runs on cuda tensors, but x is on cpu", x, 1, target="triton")
-    no_kernel("no softmax kernel for target cpp", x, 1, target="cpp")
+    no_kernel("no softmax kernel for target tpu", x, 1, target="tpu")
+    no_kernel("keeps a row in cache, and 2097152 elements do not fit", torch.empty(1, 1 << 21), 1, **NATIVE_ONE_READ)
+    no_kernel("x is float64", x.double(), 1, target="cpp")
+    no_kernel("three_pass_reload keeps float32", x.half(), 1, algorithm="three_pass_reload", target="cpp")
     no_kernel("do not fit", torch.empty(1, 2 * MAX_TILE), 1, algorithm="one_read")
     no_kernel("three_pass_reload keeps float32", x, 1, log=True, algorithm="three_pass_reload")
     with torch._subclasses.FakeTensorMode():
@@ -173,7 +183,7 @@ def test_what_has_no_kernel_says_why():
 
 def test_calls_without_a_meaning_raise():
     x = torch.randn(2, 5)
-    for target in ("reference", TARGET):
+    for target in ("reference", TARGET, "cpp"):
         for match, args, kwargs in (
             ("algorithm is 'fast'", (x, 1), {"algorithm": "fast"}),
             ("dim is 2", (x, 2), {}),

@@ -38,6 +38,33 @@ GOLDEN = {
 }
 
 
+NATIVE = {
+    "softmax_one_read": SoftmaxSpec(algorithm="one_read", index_bits=64),
+    "softmax_two_pass_mask": SoftmaxSpec(bias="bool", scaled=True, in_dtype="bfloat16", out_dtype="bfloat16"),
+    "softmax_online_log_columns": SoftmaxSpec(algorithm="online", log=True, contiguous="rows"),
+    "softmax_three_pass_reload": SoftmaxSpec(algorithm="three_pass_reload", in_dtype="float16"),
+    "softmax_backward": SoftmaxBackwardSpec(one_read=True),
+    "softmax_backward_log_columns": SoftmaxBackwardSpec(log=True, contiguous="rows", grad_dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_golden(name):
+    spec = NATIVE[name]
+    text = render(spec, "cpp")
+    assert text == render(KernelSpec.from_dict(spec.to_dict()), "cpp")
+    assert max(map(len, text.splitlines())) <= 120
+    assert " \n" not in text and "\n\n\n\n" not in text
+    check_golden(name, text, ".cpp.txt")
+
+
+def test_native_texts_depend_on_nothing_but_the_function():
+    """Tiles and index widths are Triton's: a native text that changed with them would be built again for nothing."""
+    for other in ({"block_cols": 1024}, {"index_bits": 64}, {"outer_rank": 2}, {"num_warps": 4}, {"splits": 4}):
+        for spec in (SoftmaxSpec(), SoftmaxBackwardSpec()):
+            assert render(dataclasses.replace(spec, **other), "cpp") == render(spec, "cpp")
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name):
     text = render(GOLDEN[name])
