@@ -18,7 +18,7 @@ from ..passes.view import arguments, value
 from ..runtime import announce, load
 from ..runtime.errors import BuildError, MissingCompiler, MissingDependency, UnsupportedKernel
 from ..runtime.ops import OPS, CanonicalOp, is_canonical
-from . import fuse_residual, policy
+from . import fuse_linear, fuse_residual, policy
 from .choices import Rest, Target
 from .progress import build_kernels
 
@@ -164,7 +164,10 @@ def lower(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> tuple[
 
 def _fuse(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> None:
     """Join what one native kernel computes in one go."""
-    if all(_device(node) == "cpu" for node, _ in canonical_nodes(module)) and policy.takes_norms(requested, rest):
+    if requested not in ("auto", "cpp") or any(_device(node) != "cpu" for node, _ in canonical_nodes(module)):
+        return
+    fuse_linear.fuse(module)
+    if policy.takes_norms(requested, rest):
         fuse_residual.fuse(module)
 
 
