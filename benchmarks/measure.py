@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 Call = Callable[[], Any]
+SETTLED = 0.5
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def race(calls: Mapping[str, Call], clock: Clock, limits: Limits, seed: int = 0,
     slow = {name: took for name, took in once.items() if took > limits.seconds and name != keep}
     left = [name for name in calls if name not in slow]
     repeats = {name: repeats_for(once[name], limits) for name in left}
-    # A second, settled estimate, which is a warm-up too.
-    once = {name: clock.sample(calls[name], repeats[name]) for name in left}
+    # A second, settled estimate, which is a warm-up too; calls of half a second have settled.
+    once = {name: once[name] if once[name] > SETTLED else clock.sample(calls[name], repeats[name]) for name in left}
     repeats = {name: repeats_for(once[name], limits) for name in left}
     rounds = rounds_for(sum(once[name] * (repeats[name] + (repeats[name] > 1)) for name in left), limits)
     draw, order = random.Random(seed), list(left)

@@ -102,27 +102,34 @@ def first(name: str, batch: int, length: int, dtype: torch.dtype, warm: bool, ro
 
 
 def cases() -> list[Case]:
-    found = []
-    for name, shapes in SHAPES.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            for batch, length in shapes:
-                params = {"model": name, "dtype": dtype_name(dtype), "batch": batch, "length": length}
-                found.append(
-                    Case(
-                        f"{name}/{dtype_name(dtype)}/{batch}x{length}",
-                        params,
-                        functools.partial(problem, name, batch, length, dtype),
-                        quick=(name, batch, length) in QUICK and dtype is torch.bfloat16,
-                        limits=Limits(seconds=6.0, least_rounds=3) if name == "smollm2" else None,
-                    )
-                )
-    for name, batch, length, rounds in (("minilm", 1, 128, 2), ("smollm2", 1, 512, 1)):
-        for warm in (False, True):
-            kind = "warm" if warm else "cold"
-            params = {"model": name, "dtype": "float32", "batch": batch, "length": length, "caches": kind}
-            make = functools.partial(first, name, batch, length, torch.float32, warm, rounds)
-            found.append(Case(f"first-call/{name}/{kind}", params, make))
-    return found
+    """What a run out of time leaves out stands last."""
+    found = [*_cases("minilm"), *_first_calls("minilm", 1, 128, 2)]
+    return [*found, *_cases("smollm2"), *_first_calls("smollm2", 1, 512, 1)]
+
+
+def _cases(name: str) -> list[Case]:
+    return [
+        Case(
+            f"{name}/{dtype_name(dtype)}/{batch}x{length}",
+            {"model": name, "dtype": dtype_name(dtype), "batch": batch, "length": length},
+            functools.partial(problem, name, batch, length, dtype),
+            quick=(name, batch, length) in QUICK and dtype is torch.bfloat16,
+            limits=Limits(seconds=6.0, least_rounds=3) if name == "smollm2" else None,
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+        for batch, length in SHAPES[name]
+    ]
+
+
+def _first_calls(name: str, batch: int, length: int, rounds: int) -> list[Case]:
+    return [
+        Case(
+            f"first-call/{name}/{kind}",
+            {"model": name, "dtype": "float32", "batch": batch, "length": length, "caches": kind},
+            functools.partial(first, name, batch, length, torch.float32, kind == "warm", rounds),
+        )
+        for kind in ("cold", "warm")
+    ]
 
 
 SUITE = Suite(
