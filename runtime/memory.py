@@ -74,8 +74,8 @@ def _new_limit() -> None:
 settings.on_change(_new_limit)
 
 # What Inductor's code allocates with: a quarter of torch.empty's time.
-_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None) or functools.partial(
-    torch.empty_strided, device="cpu"
+_empty_strided: Callable[..., torch.Tensor] = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None) or (
+    lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 )
 
 
@@ -95,10 +95,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """
     shape = tuple(shape)
     if math.prod(shape) * dtype.itemsize < THRESHOLD or (functions := _module.get()) is None:
-        return _empty_strided(shape, _contiguous(shape), dtype)  # type: ignore[no-any-return]
+        return _empty_strided(shape, _contiguous(shape), dtype)
     functions["enter"]()
     try:
-        return _empty_strided(shape, _contiguous(shape), dtype)  # type: ignore[no-any-return]
+        return _empty_strided(shape, _contiguous(shape), dtype)
     finally:
         functions["leave"]()
 
