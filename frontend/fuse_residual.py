@@ -18,7 +18,7 @@ from .raising.rules import chain_to
 
 Node = torch.fx.Node
 _ops = torch.ops.tilewright
-FUSED = {
+FUSED: dict[Any, Any] = {
     _ops.rms_norm.default: _ops.add_rms_norm.default,
     _ops.layer_norm.default: _ops.add_layer_norm.default,
 }
@@ -40,7 +40,7 @@ def fuse(module: torch.fx.GraphModule) -> int:
 
 
 def _fuse(norm: Node, view: GraphView) -> bool:
-    given = arguments(norm)
+    op, given = FUSED[norm.target], arguments(norm)
     total = peel(given.pop("x"))
     if not _is_sum(total) or view.autocast.get(total) != view.autocast.get(norm):
         return False
@@ -50,9 +50,9 @@ def _fuse(norm: Node, view: GraphView) -> bool:
     if any(user < norm for user in readers) or view.modified((*chain, total), norm) is not None:
         return False
     with view.graph.inserting_before(norm):
-        fused = view.graph.call_function(FUSED[norm.target], (x, residual), {})
+        fused = view.graph.call_function(op, (x, residual), {})
         normed = view.graph.call_function(operator.getitem, (fused, 0), {})
-    schema = fused.target._schema.arguments[2:]
+    schema = op._schema.arguments[2:]
     given["keep_sum"] = keep_sum = bool(readers)
     fused.args = (x, residual, *(given[a.name] for a in schema if not a.kwarg_only))
     fused.kwargs = {a.name: given[a.name] for a in schema if a.kwarg_only}

@@ -44,8 +44,15 @@ def _composite(
     target: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     if target == "reference":
-        kwargs = {"weight_offset": weight_offset, "round_before_weight": round_before_weight}
-        return reference(x, residual, weight, eps, **kwargs, keep_sum=keep_sum)
+        return reference(
+            x,
+            residual,
+            weight,
+            eps,
+            weight_offset=weight_offset,
+            round_before_weight=round_before_weight,
+            keep_sum=keep_sum,
+        )
     arguments = (x, residual, weight, None, eps, weight_offset, False, round_before_weight, target)
     if keep_sum:
         return torch.ops.tilewright.add_norm_forward(*arguments)
@@ -64,8 +71,18 @@ def spec(
     target: str = "cpp",
 ) -> NormSpec:
     """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none."""
-    flags = {"centred": False, "round_before_weight": round_before_weight, "weight_offset": weight_offset}
-    return norm_kernel.spec("add_rms_norm", x, residual, weight, None, **flags, keep_sum=keep_sum, target=target)
+    return norm_kernel.spec(
+        "add_rms_norm",
+        x,
+        residual,
+        weight,
+        None,
+        centred=False,
+        round_before_weight=round_before_weight,
+        weight_offset=weight_offset,
+        keep_sum=keep_sum,
+        target=target,
+    )
 
 
 # The sum is rounded once (eps/2 relative to itself, so the same relative to the result), and the mean of the squares

@@ -63,10 +63,17 @@ def spec(
     """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none."""
     check_native("layer_norm", target, x=x, weight=weight, bias=bias)
     check_shapes(x, normalized_shape, weight, bias)
-    rows = [t if t is None else flat(t, normalized_shape) for t in (x, weight, bias)]
-    flags = {"centred": True, "round_before_weight": False, "weight_offset": 0.0}
-    assert rows[0] is not None
-    return norm_kernel.spec("layer_norm", rows[0], None, *rows[1:], **flags, keep_sum=False, target=target)
+    return norm_kernel.spec(
+        "layer_norm",
+        flat(x, normalized_shape),
+        None,
+        *(t if t is None else flat(t, normalized_shape) for t in (weight, bias)),
+        centred=True,
+        round_before_weight=False,
+        weight_offset=0.0,
+        keep_sum=False,
+        target=target,
+    )
 
 
 def check_shapes(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:

@@ -83,9 +83,19 @@ def _forward_launch(keep_sum: bool) -> Callable[..., Any]:
         round_before_weight: bool,
         target: str,
     ) -> Callable[..., Any]:
-        flags = {"centred": centred, "round_before_weight": round_before_weight, "weight_offset": weight_offset}
-        name = "layer_norm" if centred else "rms_norm"
-        return load(spec(name, x, residual, weight, bias, **flags, keep_sum=keep_sum, target=target), target).launch
+        chosen = spec(
+            "layer_norm" if centred else "rms_norm",
+            x,
+            residual,
+            weight,
+            bias,
+            centred=centred,
+            round_before_weight=round_before_weight,
+            weight_offset=weight_offset,
+            keep_sum=keep_sum,
+            target=target,
+        )
+        return load(chosen, target).launch
 
     return choose
 

@@ -59,8 +59,18 @@ def spec(
     target: str = "cpp",
 ) -> NormSpec:
     """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none."""
-    flags = {"centred": False, "round_before_weight": round_before_weight, "weight_offset": weight_offset}
-    return norm_kernel.spec("rms_norm", x, None, weight, None, **flags, keep_sum=False, target=target)
+    return norm_kernel.spec(
+        "rms_norm",
+        x,
+        None,
+        weight,
+        None,
+        centred=False,
+        round_before_weight=round_before_weight,
+        weight_offset=weight_offset,
+        keep_sum=False,
+        target=target,
+    )
 
 
 # float32: the mean is a vectorised sum (a few units in the last place), then rsqrt, two products: 8 eps covers it, and
