@@ -21,7 +21,6 @@ from tilewright.runtime.ops.attention import reference
 CAUSAL, END = "k_idx <= q_idx", "k_idx <= q_idx + k_len - q_len"
 WINDOW = "(k_idx <= q_idx) & (k_idx > q_idx - 21)"
 SINKS, BLOCKS, HOLES = "(k_idx <= 2) | (k_idx > q_idx - 5)", "k_idx // 8 == q_idx // 8", "k_idx != q_idx + head"
-ISAS = ("amx", "avx512", "avx2", "baseline", "neon")
 Inputs = list[Tensor | None]
 
 
@@ -30,8 +29,6 @@ def make_spec(**fields) -> AttentionBackwardSpec:
 
 
 def launch(spec: AttentionBackwardSpec, isa: str, *arguments) -> tuple:
-    if isa not in cpu.supported():
-        pytest.skip(f"this CPU has no {isa}")
     with runtime_settings.override(cpu_isa=isa):
         return kernel(spec, isa)(*arguments)
 
@@ -102,10 +99,15 @@ SPECS = [
 LENGTHS = [0, 1, 2, 13, 31, 64, 65, 128, 129, 193, 260]
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.dtype}-{spec.normalizer}-{spec.bias}-{spec.head_dim}")
+# Only bfloat16 has tiles of its own for AMX.
+PAIRS = [(spec, isa) for spec in SPECS for isa in cpu.supported() if isa != "amx" or spec.dtype == "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "isa"), PAIRS, ids=lambda it: it if isinstance(it, str) else f"{it.dtype}-{it.normalizer}-{it.head_dim}"
+)
 @given(data=st.data())
-@settings(max_examples=6)
+@settings(max_examples=5)
 def test_matches_float64(spec, isa, data):
     lengths = data.draw(st.tuples(st.sampled_from(LENGTHS), st.sampled_from(LENGTHS)), label="lengths")
     layout = data.draw(st.sampled_from(["plain", "heads_last", "transposed", "strided"]), label="layout")
