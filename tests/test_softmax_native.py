@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from test_softmax_kernels import calls, check, edge_rows, every_exponent, run
 
+import tilewright as tw
 from tilewright.codegen.softmax import ALGORITHMS, SoftmaxSpec
+from tilewright.passes import TwoPassSoftmax
 from tilewright.runtime import cpu
 from tilewright.runtime.load import load
 from tilewright.runtime.ops import softmax as ops
@@ -229,3 +231,18 @@ def test_launch_remembers_layouts_and_no_values():
         for _ in range(2):
             expected = torch.softmax(tensor, dim)
             torch.testing.assert_close(kernel.launch(tensor, None, dim, 1.0), expected, rtol=2.0**-17, atol=0)
+
+
+def test_the_pass_ends_in_a_native_kernel():
+    """Rows beyond the cache, with a scale and a mask in front, which become part of the kernel."""
+
+    class Scores(torch.nn.Module):
+        def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.softmax((x * 0.5).masked_fill(hidden, -INF), -1)
+
+    n = cpu.cache_bytes() // 4 + 64
+    x, hidden = torch.randn(2, n) * 3, torch.rand(2, n) > 0.7
+    compiled = tw.compile(Scores(), [TwoPassSoftmax()], (x, hidden), rest="eager")
+    (row,) = compiled.report.kernels
+    assert (row.op, row.target) == ("softmax", "cpp")
+    check(compiled(x, hidden), x, -1, ~hidden, scale=0.5, target="cpp")
