@@ -28,7 +28,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
     x, residual: (..., n), any strides. weight, bias: n elements, or None.
     """
     in_dtype, out_dtype = getattr(torch, spec["in_dtype"]), getattr(torch, spec["out_dtype"])
-    added, keep_sum = spec["residual"], spec["keep_sum"]
+    keep_sum = spec["keep_sum"]
     layouts: dict[Any, Any] = {}
 
     def layout_of(shape: Sequence[int], *strides: Sequence[int]) -> Any:
@@ -51,11 +51,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         weight_offset: float = 0.0,
     ) -> Any:
         shape, steps = x.shape, x.stride()
-        if added:
-            assert residual is not None
-            key = shape, steps, residual.stride()
-        else:
-            key = shape, steps
+        key = (shape, steps) if residual is None else (shape, steps, residual.stride())
         layout = layouts.get(key, layouts)
         if layout is layouts:
             layout = layouts[key] = layout_of(*key)

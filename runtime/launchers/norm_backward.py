@@ -56,8 +56,9 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         if layout is layouts:
             layout = layouts[key] = layout_of(*key)
         if layout is None:
-            flat = [None if t is None else t.contiguous().view(-1, n) for t in (grad, x, extra)]
-            dx, dweight, dbias = launch(*flat, weight, eps, weight_offset)
+            grad, x = grad.contiguous().view(-1, n), x.contiguous().view(-1, n)
+            extra = None if extra is None else extra.contiguous().view(-1, n)
+            dx, dweight, dbias = launch(grad, x, extra, weight, eps, weight_offset)
             return dx.view(shape), dweight, dbias
         weight = weight if weight is None or weight.is_contiguous() else weight.contiguous()
         rows = x.numel() // n if n else 0

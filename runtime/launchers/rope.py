@@ -44,7 +44,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         if len(shape) - 1 > MAX_RANK or any(s[-1] != 1 for s in strides):
             return shape, kept, None
         # Rows in the order in which they lie in memory.
-        dims = sorted(range(len(shape) - 1), key=lambda d: -out.stride(d))
+        dims = sorted(range(len(shape) - 1), key=out.stride().__getitem__, reverse=True)
         numbers = [*(shape[d] for d in dims), *(s[d] for s in strides for d in dims)]
         return shape, kept, (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
 

@@ -133,8 +133,8 @@ fast_call.implement("norm_backward", _backward_launch, passes=("grad", "x", "ext
 
 
 def _result(x: Tensor, weight: Tensor | None, round_before_weight: bool) -> Tensor:
-    rounds = round_before_weight and weight is not None
-    return torch.empty(x.shape, dtype=torch.result_type(x, weight) if rounds else x.dtype, device=x.device)
+    dtype = torch.result_type(x, weight) if round_before_weight and weight is not None else x.dtype
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def _forward_fake(
