@@ -247,8 +247,14 @@ def test_damaged_bytes(saved, tmp_path, place) -> None:
     data = bytearray(saved.read_bytes())
     data[int(len(data) * place)] ^= 0xFF
     (tmp_path / "m").write_bytes(data)
-    with pytest.raises(errors.SaveError):
-        tw.load(tmp_path / "m")
+    try:
+        loaded = tw.load(tmp_path / "m")
+    except errors.SaveError:
+        return
+    # Only bytes that say nothing, such as an entry's permissions in the directory at the end, may pass.
+    assert place > 0.99
+    x = torch.randint(0, 10, (2, 3))
+    assert_identical(loaded(x, scale=3.0), tw.load(saved)(x, scale=3.0))
 
 
 def test_truncated_empty_missing_and_foreign(saved, tmp_path) -> None:
