@@ -163,7 +163,7 @@ def _residuals(view: GraphView) -> int:
             continue
         for item, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
             found = _feeds_only(item, node, view)
-            if found is None or not _like(other, node) or not _like(found[0], node):
+            if found is None or peel(other) is found[0] or not _like(other, node) or not _like(found[0], node):
                 continue
             parts = _parts(found[0])
             if parts["residual"] is None:
