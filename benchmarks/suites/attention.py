@@ -19,7 +19,7 @@ from torch import Tensor
 from ...runtime.ops import attention as ops
 from ..harness import Bound, Case, Contender, Problem, Suite
 from ..machine import dtype_name
-from ..measure import Call
+from ..measure import Call, Limits
 from ..peers import inductor
 from ..record import Kind
 
@@ -31,6 +31,7 @@ BOUND = {
 }
 LENGTHS = (128, 512, 2048, 8192, 16384)
 DIMS = (32, 64, 128, 256)
+LIMITS = Limits(seconds=3.0)  # there are many rows
 MOST = 80e9  # multiplications and additions of one call
 
 
@@ -154,6 +155,7 @@ def cases() -> list[Case]:
                     params,
                     functools.partial(problem, length, dim, causal, group, dtype, main and causal),
                     quick=main and (group == 1 or length == 2048) or (length == 128 and dim == 32),
+                    limits=LIMITS,
                 )
             )
     return found
