@@ -22,7 +22,7 @@ from .raising.rules import chain_to
 Node = torch.fx.Node
 aten = torch.ops.aten
 _ops = torch.ops.tilewright
-_ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.sigmoid.default: "sigmoid"}
+_ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.sigmoid.default: "sigmoid"}
 _VIEWS = frozenset(
     {
         aten.view.default,
@@ -241,8 +241,9 @@ def _survives(node: Node, shown: Any, update: Callable[[tuple[Node, Any]], None]
             if user.op == "output":
                 return False  # callers may rely on the layout
             continue
+        view: Any = user.target
         try:
-            result = user.target(shown, *torch.fx.node.map_arg(user.args[1:], value), **user.kwargs)
+            result = view(shown, *torch.fx.node.map_arg(user.args[1:], value), **user.kwargs)
         except (RuntimeError, ValueError):
             return False
         update((user, result))
