@@ -138,7 +138,7 @@ def lower(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> tuple[
 
     Returns the kernels in use and the ops left to their reference form, in graph order.
     """
-    _fuse(module, requested, rest)
+    _fuse(module, requested)
     kernels: list[KernelUse] = []
     references: list[ReferenceUse] = []
     fallbacks: list[ReferenceUse] = []
@@ -162,13 +162,12 @@ def lower(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> tuple[
     return kernels, references
 
 
-def _fuse(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> None:
+def _fuse(module: torch.fx.GraphModule, requested: Target) -> None:
     """Join what one native kernel computes in one go."""
     if requested not in ("auto", "cpp") or any(_device(node) != "cpu" for node, _ in canonical_nodes(module)):
         return
     fuse_linear.fuse(module)
-    if policy.takes_norms(requested, rest):
-        fuse_residual.fuse(module)
+    fuse_residual.fuse(module)
 
 
 def _op(node: Node) -> str:

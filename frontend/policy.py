@@ -1,28 +1,50 @@
 """Which sites ``target="auto"`` leaves to the compiler of the rest of the graph, although a kernel of ours exists.
 
-An opaque kernel ends Inductor's fusion on both sides of it: the values around it go through memory. So a kernel has to
-be faster than the op by more than that traffic costs. The rules follow the figures in docs/benchmarks.md (suites
-``ops`` and ``models``); ``target="cpp"`` or ``rest="eager"`` takes every kernel there is.
+An opaque kernel ends Inductor's fusion on both sides of it and costs a call of two to four microseconds, so a small op
+is better off in Inductor's loops. Where the line is comes from the benchmark suites ``ops`` and ``models``
+(docs/benchmarks.md). ``target="cpp"`` or ``rest="eager"`` takes every kernel there is.
 """
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
+import torch
 import torch.fx
 
+from ..passes.view import arguments, value
 from ..runtime.ops import CanonicalOp
-from .choices import Rest, Target
+from .choices import Rest
 
-# Memory-bound, elementwise or a row at a time: Inductor fuses them with their neighbours into one loop.
+# Memory-bound, elementwise or a row at a time: what Inductor would fuse with its neighbours into one loop.
 FUSES = frozenset({"rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "gated_mlp"})
+# Elements from which the kernel beats Inductor's own loop for the same op, its call included.
+ENOUGH = 2**17
 
 
 def why_leave(node: torch.fx.Node, op: CanonicalOp, rest: Rest) -> str:
-    """The reason to run the op's reference form on the CPU under ``target="auto"``; empty to take the kernel."""
-    if rest == "inductor" and op.name in FUSES:
-        return f"Inductor fuses {op.name} with its neighbours, which saves more than the kernel: target='cpp' takes it"
+    """The reason to run the op's reference form on the CPU under ``target="auto"``; empty to take the kernel.
+
+    Symbolic sizes count as they were when captured.
+    """
+    if rest == "inductor" and op.name in FUSES and _elements(node) < ENOUGH:
+        return f"Inductor fuses so small a {op.name} with its neighbours: target='cpp' takes the kernel all the same"
     return ""
 
 
-def takes_norms(requested: Target, rest: Rest) -> bool:
-    """Whether norms on the CPU run our kernels, so that sums are worth fusing into them."""
-    return requested == "cpp" or (requested == "auto" and rest == "eager")
+def _elements(node: torch.fx.Node) -> int:
+    """Elements of the op's first operand; for rope, of the largest that shares its angles."""
+    given = arguments(node)
+    first = next(iter(given.values()))
+    together = [first]
+    if "cos" in given:  # queries and keys: one left behind would cost what both do
+        same = [user for user in given["cos"].users if user.target is node.target and user.args[1:] == node.args[1:]]
+        together += [user.args[0] for user in same]
+    return max(_numel(value(item)) for item in together)
+
+
+def _numel(tensor: Any) -> int:
+    if not isinstance(tensor, torch.Tensor):
+        return 0
+    return prod(size if isinstance(size, int) else size.node.hint or 0 for size in tensor.shape)

@@ -28,7 +28,7 @@ def test_auto_takes_the_native_kernels(fresh_cache) -> None:
     ids = tiny.tokens()
     compiled = tw.compile(model, example_kwargs={"input_ids": ids}, rest="eager")
     found = kernels(compiled)
-    assert found["attention"] == found["rms_norm"] == found["rope"] == found["gated_mlp"] == "cpp"
+    assert found["attention"] == found["rms_norm"] == found["rope"] == found["linear_fused"] == "cpp"
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits, atol=2e-4, rtol=2e-4)
         more = tiny.tokens(3, 19, seed=1)
@@ -38,7 +38,9 @@ def test_auto_takes_the_native_kernels(fresh_cache) -> None:
 def test_auto_leaves_to_inductor_what_it_fuses(fresh_cache) -> None:
     compiled = tw.compile(tiny.llama(), example_kwargs={"input_ids": tiny.tokens()})
     found = kernels(compiled)
-    assert found["attention"] == "cpp" and found["rope"].startswith("Inductor fuses rope")
+    assert found["attention"] == "cpp" and found["rope"].startswith("Inductor fuses so small a rope")
+    many = {"input_ids": tiny.tokens(32, 128)}  # 2^17 numbers in the queries, half as many in the keys
+    assert kernels(tw.compile(tiny.llama(), example_kwargs=many))["rope"] == "cpp"
     asked = tw.compile(tiny.llama(), example_kwargs={"input_ids": tiny.tokens()}, target="cpp")
     assert kernels(asked)["rope"] == "cpp"
 
