@@ -78,11 +78,11 @@ def _concrete(value: Any) -> Any:
 
 def _rest(lowered: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     if options.rest == "eager":
-        run = lowered.forward
+        run: Callable[..., Any] = lowered.forward
     else:
         from torch._inductor.compile_fx import compile_fx
 
-        run = compile_fx(lowered, list(example_inputs))
+        run = compile_fx(lowered, list(example_inputs))  # type: ignore[assignment]
     return memory.pooled(run) if options.memory == "pool" else run
 
 

@@ -145,13 +145,13 @@ def lower(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> tuple[
     for node, choice in _choose_all(module, requested, rest).items():
         op = _op(node)
         site = get_site(node) or Site(node.name, "", "", op)
-        if choice.spec is not None:
+        if (spec := choice.spec) is not None:
             try:
-                kernel = load.load(choice.spec, choice.target)
+                kernel = load.load(spec, choice.target)
             except BuildError as error:  # it was built, and does not load
                 choice = Choice("reference", None, str(error))
             else:
-                kernels.append(KernelUse(site, op, node.name, choice.spec, choice.target, kernel.digest, kernel.path))
+                kernels.append(KernelUse(site, op, node.name, spec, choice.target, kernel.digest, kernel.path))
         set_target(node, choice.target)
         if choice.spec is None:
             references.append(ReferenceUse(site, op, choice.reason))

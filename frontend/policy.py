@@ -14,6 +14,7 @@ import torch
 import torch.fx
 
 from ..passes.view import arguments, value
+from ..runtime import cpu
 from ..runtime.ops import CanonicalOp
 from .choices import Rest
 
@@ -21,6 +22,8 @@ from .choices import Rest
 FUSES = frozenset({"rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "gated_mlp"})
 # Elements from which the kernel beats Inductor's own loop for the same op, its call included.
 ENOUGH = 2**17
+# Packed tiles need AMX's; up to this many rows the kernel reads the weights as they are, on every instruction set.
+FEW_ROWS = 4
 
 
 def why_leave(node: torch.fx.Node, op: CanonicalOp, rest: Rest) -> str:
@@ -30,6 +33,10 @@ def why_leave(node: torch.fx.Node, op: CanonicalOp, rest: Rest) -> str:
     """
     if rest == "inductor" and op.name in FUSES and _elements(node) < ENOUGH:
         return f"Inductor fuses so small a {op.name} with its neighbours: target='cpp' takes the kernel all the same"
+    if op.name in ("linear", "linear_fused") and _rows(node) > FEW_ROWS:
+        dtype = value(next(iter(arguments(node).values()))).dtype
+        if cpu.isa() != "amx" or dtype not in (torch.float32, torch.bfloat16):
+            return f"without AMX tiles for {dtype}, torch's own matrix product is faster: target='cpp' takes the kernel"
     return ""
 
 
@@ -44,7 +51,16 @@ def _elements(node: torch.fx.Node) -> int:
     return max(_numel(value(item)) for item in together)
 
 
+def _rows(node: torch.fx.Node) -> int:
+    x = value(next(iter(arguments(node).values())))
+    return prod(_hint(size) for size in x.shape[:-1]) if isinstance(x, torch.Tensor) else 0
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else size.node.hint or 0
+
+
 def _numel(tensor: Any) -> int:
     if not isinstance(tensor, torch.Tensor):
         return 0
-    return prod(size if isinstance(size, int) else size.node.hint or 0 for size in tensor.shape)
+    return prod(map(_hint, tensor.shape))

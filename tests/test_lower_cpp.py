@@ -14,7 +14,7 @@ from rich.console import Console
 import tilewright as tw
 from tilewright.frontend import progress
 from tilewright.passes import TwoPassSoftmax
-from tilewright.runtime import load, memory
+from tilewright.runtime import cpu, load, memory, settings
 from tilewright.runtime.errors import TilewrightWarning
 
 
@@ -43,6 +43,12 @@ def test_auto_leaves_to_inductor_what_it_fuses(fresh_cache) -> None:
     assert kernels(tw.compile(tiny.llama(), example_kwargs=many))["rope"] == "cpp"
     asked = tw.compile(tiny.llama(), example_kwargs={"input_ids": tiny.tokens()}, target="cpp")
     assert kernels(asked)["rope"] == "cpp"
+
+
+def test_auto_leaves_linear_layers_to_torch_without_amx(fresh_cache) -> None:
+    with settings.override(cpu_isa=cpu.supported()[-1]):
+        found = kernels(tw.compile(tiny.llama(), example_kwargs={"input_ids": tiny.tokens()}))
+    assert found["attention"] == "cpp" and found["linear_fused"].startswith("without AMX tiles")
 
 
 def test_what_the_policy_leaves_is_not_warned_about(fresh_cache, recwarn) -> None:
