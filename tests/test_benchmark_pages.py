@@ -190,12 +190,13 @@ def test_pages_are_up_to_date() -> None:
 
 
 def test_result_files_are_readable_and_whole() -> None:
-    """What is committed is read by this version, and shows nothing wrong."""
+    """What is committed is read by this version, and nothing of ours is wrong in it; that a peer is off is a finding."""
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         if not path.name.endswith(".part.json"):
             one = records.read(path)
             assert one.is_whole and path.name == records.file_name(one), path.name
-            assert not one.bad, [(r.name, e.name, e.word) for r, e in one.bad]
+            ours = [(r.name, e.name, e.word) for r, e in one.bad if e.kind is not Kind.PEER]
+            assert not ours, ours
 
 
 def test_the_page_without_results_says_how_to_get_them(tmp_path: Path) -> None:
