@@ -190,7 +190,7 @@ def test_pages_are_up_to_date() -> None:
 
 
 def test_result_files_are_readable_and_whole() -> None:
-    """What is committed is read by this version, and nothing of ours is wrong in it; that a peer is off is a finding."""
+    """What is committed is read by this version, and nothing of ours is wrong in it; a peer may be off."""
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         if not path.name.endswith(".part.json"):
             one = records.read(path)
