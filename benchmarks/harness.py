@@ -30,7 +30,7 @@ from .record import Entry, Kind, Record, Row, State, file_name, results_folder, 
 
 # What a contender may raise when it cannot run: told in its row, not a reason to stop the others.
 ERRORS = (
-    *(RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, AttributeError),
+    *(RuntimeError, ValueError, TypeError, AssertionError, AttributeError),
     *(LookupError, ArithmeticError, OSError, ImportError, UnsupportedKernel),
 )
 

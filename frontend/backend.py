@@ -8,7 +8,7 @@ works through it, with caches that grow.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -82,7 +82,7 @@ def _rest(lowered: torch.fx.GraphModule, example_inputs: Sequence[Any], options:
     else:
         from torch._inductor.compile_fx import compile_fx
 
-        run = compile_fx(lowered, list(example_inputs))  # type: ignore[assignment]
+        run = cast(Callable[..., Any], compile_fx(lowered, list(example_inputs)))
     return memory.pooled(run) if options.memory == "pool" else run
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from ..passes.base import Pass
 from ..passes.manager import sort_passes
@@ -47,9 +47,9 @@ class Options:
                 raise BadArgument(f"{name} is {got!r}, but must be one of {', '.join(choices)}")
         return Options(
             tuple(sort_passes(given)),
-            target,  # type: ignore[arg-type]
-            rest,  # type: ignore[arg-type]
+            cast(Target, target),
+            cast(Rest, rest),
             bool(strict),
             bool(validate),
-            memory,  # type: ignore[arg-type]
+            cast(Memory, memory),
         )
