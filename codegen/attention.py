@@ -50,6 +50,8 @@ class _AttentionSpec(KernelSpec):
         the scores (sigmoid only). group: query heads that share a key head.
     block_m, block_n: queries and keys in a tile. num_warps, num_stages: Triton's launch options.
     wide: 64-bit offsets inside a tile, for strides beyond 2^22; offsets of tiles are always 64 bits wide.
+    block_q, block_k: queries and keys in a block of the block lists that say which keys a query reads; 0 and 0: there
+        are no lists, and the loops follow the mask's closed-form limits.
     dot_precision: how float32 products are computed: ``ieee``, or on tensor cores as three (``tf32x3``) or one
         TF32 product.
     """
@@ -69,6 +71,8 @@ class _AttentionSpec(KernelSpec):
     num_stages: int = 1
     wide: bool = False
     dot_precision: str = "ieee"
+    block_q: int = 0
+    block_k: int = 0
 
     def check(self) -> None:
         for name in ("head_dim", "value_dim"):
@@ -93,6 +97,10 @@ class _AttentionSpec(KernelSpec):
             isinstance(self.num_stages, int) and 1 <= self.num_stages <= 5,
             f"num_stages is {self.num_stages}, but must be 1 to 5",
         )
+        require((self.block_q == 0) == (self.block_k == 0), "block_q and block_k are given together, or neither")
+        for name in ("block_q", "block_k"):
+            if getattr(self, name):
+                require_power_of_two(name, getattr(self, name), 16, 256)
         mask = symbols.parse_mask(self.mask)
         require(mask != sympy.false, f"mask is {self.mask!r}, which hides every pair")
         canonical = symbols.mask_text(mask)
@@ -110,6 +118,16 @@ class _AttentionSpec(KernelSpec):
     def additive(self) -> bool:
         return self.bias not in ("none", "bool")
 
+    @property
+    def lists(self) -> bool:
+        """Whether block lists say which keys a query reads."""
+        return self.block_q > 0
+
+    @property
+    def table(self) -> bool:
+        """Whether the mask looks entries of a table up."""
+        return "table(" in self.mask
+
     def with_tiles(self, tiles: Tiles) -> Self:
         return dataclasses.replace(self, **dataclasses.asdict(tiles))
 
@@ -119,8 +137,12 @@ class _AttentionSpec(KernelSpec):
         return {
             "predicate": None if mask == sympy.true else printer(mask),
             "mask_symbols": sorted(symbol.name for symbol in mask.free_symbols),
-            "keys": _limits(mask, symbols.K, target),
-            "queries": _limits(mask, symbols.Q, target),
+            # Which keys a tile of queries needs, and which queries a tile of keys: a list of ranges that may overlap.
+            "key_segments": _segments(mask, symbols.K, target),
+            "query_segments": _segments(mask, symbols.Q, target),
+            # The hull of all of them, for templates that loop over one range.
+            "keys": _limits(bounds.tile_bounds(mask, symbols.K), target),
+            "queries": _limits(bounds.tile_bounds(mask, symbols.Q), target),
             "compile_entries": [] if target == "cpp" else self.compile_entries(),
         }
 
@@ -260,10 +282,13 @@ class AttentionBackwardSpec(_AttentionSpec):
         return variants
 
 
-def _limits(mask: Any, index: sympy.Symbol, target: str) -> dict[str, Any]:
-    """Loop limits over ``index`` as the target's text over first, last (ends of the other index's tile), the lengths,
-    and head and batch where the mask has them."""
-    tile = bounds.tile_bounds(mask, index)
+def _segments(mask: Any, index: sympy.Symbol, target: str) -> list[dict[str, Any]]:
+    return [_limits(bounds.tile_bounds(mask, index), target)]
+
+
+def _limits(tile: bounds.TileBounds, target: str) -> dict[str, Any]:
+    """One range of an index as the target's text over first, last (ends of the other index's tile), the lengths, and
+    head and batch where the mask has them."""
     printer = symbols.cpp_text if target == "cpp" else symbols.triton_text
 
     def texts(expressions: tuple[sympy.Expr, ...] | None) -> list[str]:
@@ -275,6 +300,10 @@ def _limits(mask: Any, index: sympy.Symbol, target: str) -> dict[str, Any]:
         "full_lower": texts(tile.full_lower),
         "full_upper": texts(tile.full_upper),
         "has_full": tile.has_full,
+        # Conditions of the whole range: it is empty unless all of the first hold, and has a full part only where all
+        # of the second do.
+        "needed_if": [],
+        "full_if": [],
     }
 
 

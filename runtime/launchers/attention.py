@@ -41,7 +41,15 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         return (ctypes.c_int64 * len(numbers))(*numbers)
 
     def launch(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, shift: Tensor | None, scale: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        shift: Tensor | None,
+        scale: float,
+        counts: Tensor | None = None,
+        indices: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         shape = q.shape
         key: tuple[Any, ...] = (shape, k.shape, q.stride(), k.stride(), v.stride())

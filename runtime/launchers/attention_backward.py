@@ -65,6 +65,11 @@ def make_launch(
         lse: Tensor | None,
         scale: float,
         grad_lse: Tensor | None = None,
+        counts: Tensor | None = None,
+        indices: Tensor | None = None,
+        counts_t: Tensor | None = None,
+        indices_t: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> Gradients:
         if not softmax:
             out = lse = grad_lse = None

@@ -4,6 +4,7 @@ from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canoni
 
 # Each module registers its op on import; a new op is one more file and one more name here.
 from . import attention, attention_parts, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
+from . import block_lists  # isort: skip
 from . import add_layer_norm, add_rms_norm, linear_fused  # isort: skip
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_parts",
+    "block_lists",
     "canonical",
     "gated_mlp",
     "is_canonical",

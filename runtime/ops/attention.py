@@ -10,6 +10,8 @@ Sigmoid attention: "Theory, Analysis, and Best Practices for Sigmoid Self-Attent
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 import torch.nn.functional as F
@@ -39,14 +41,17 @@ TOLERANCE = {
 }
 
 
-def visible_pairs(q: Tensor, k: Tensor, mask: str) -> Tensor | None:
-    """The mask as a bool tensor, broadcastable to (B, Hq, Lq, Lk) and no larger than it has to be; None when empty."""
+def visible_pairs(q: Tensor, k: Tensor, mask: str, table: Tensor | None = None) -> Tensor | None:
+    """The mask as a bool tensor, broadcastable to (B, Hq, Lq, Lk) and no larger than it has to be; None when empty.
+
+    table: int32 (N,), what the mask looks up.
+    """
     expression = symbols.parse_mask(mask)
     if expression == sympy.true:
         return None
     batch, heads, q_len, k_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     device = q.device
-    values = {
+    values: dict[str, Any] = {
         "q_idx": torch.arange(q_len, device=device)[:, None],
         "k_idx": torch.arange(k_len, device=device)[None, :],
         "q_len": q_len,
@@ -56,6 +61,8 @@ def visible_pairs(q: Tensor, k: Tensor, mask: str) -> Tensor | None:
         values["batch"] = torch.arange(batch, device=device)[:, None, None, None]
     if symbols.HEAD in expression.free_symbols:
         values["head"] = torch.arange(heads, device=device)[None, :, None, None]
+    if table is not None:
+        values["table"] = table
     visible = symbols.evaluate(expression, values)
     return visible.expand(*visible.shape[:-2], q_len, k_len)
 

@@ -22,11 +22,13 @@ from ...codegen.attention import (
     MAX_HEAD_DIM,
     AttentionBackwardSpec,
     AttentionSpec,
+    Tiles,
     default_tiles,
 )
 from .. import fast_call
 from ..autotune import load_best
 from ..errors import UnsupportedKernel
+from .block_lists import transposed_lists
 from .registry import LIBRARY
 
 
@@ -40,8 +42,9 @@ def spec(
     mask: str,
     normalizer: str,
     target: str,
+    blocks: tuple[int, int] = (0, 0),
 ) -> AttentionSpec:
-    """The forward kernel for a checked call, from tensors or fake tensors.
+    """The forward kernel for a checked call, from tensors or fake tensors. blocks: block_q and block_k of its lists.
 
     Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` with the reason when ``target`` has none.
     """
@@ -76,6 +79,7 @@ def spec(
         target != "cpp" and _wide(q, k, v, bias),
         target,
         _large_shared_memory(q.device) if target == "triton" else False,
+        blocks,
     )
 
 
@@ -130,6 +134,7 @@ def _forward_spec(
     wide: bool,
     target: str,
     large: bool,
+    blocks: tuple[int, int],
 ) -> AttentionSpec:
     expression = symbols.parse_mask(mask)
     if expression == sympy.false:
@@ -148,7 +153,16 @@ def _forward_spec(
         shift=shift,
         group=group,
         wide=wide,
-    ).with_tiles(tiles)
+        block_q=blocks[0],
+        block_k=blocks[1],
+    ).with_tiles(tiles if target == "cpp" else _within(tiles, blocks))
+
+
+def _within(tiles: Tiles, blocks: tuple[int, int]) -> Tiles:
+    """Tiles no larger than the blocks of the lists."""
+    if not blocks[0]:
+        return tiles
+    return dataclasses.replace(tiles, block_m=min(tiles.block_m, blocks[0]), block_n=min(tiles.block_n, blocks[1]))
 
 
 def backward_spec(
@@ -170,18 +184,20 @@ def _backward_spec(
         grad_bias=grad_bias,
         grad_bias_rows=grad_bias_rows or not grad_bias,
         grad_shift=grad_shift,
-    ).with_tiles(tiles)
+    ).with_tiles(tiles if target == "cpp" else _within(tiles, (forward.block_q, forward.block_k)))
 
 
 LIBRARY.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? shift, *, float scale, str mask, "
-    "str normalizer, str target) -> (Tensor, Tensor)",
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? shift, Tensor? counts=None, "
+    "Tensor? indices=None, Tensor? table=None, *, float scale, str mask, str normalizer, int block_q=0, "
+    "int block_k=0, str target) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? shift, Tensor out, "
-    "Tensor lse, Tensor? grad_lse, *, float scale, str mask, str normalizer, str target, bool grad_bias, "
-    "bool grad_shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor lse, Tensor? grad_lse, Tensor? counts=None, Tensor? indices=None, Tensor? counts_t=None, "
+    "Tensor? indices_t=None, Tensor? table=None, *, float scale, str mask, str normalizer, int block_q=0, "
+    "int block_k=0, str target, bool grad_bias, bool grad_shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -192,18 +208,25 @@ def _forward_kernel(
     v: Tensor,
     bias: Tensor | None,
     shift: Tensor | None,
+    counts: Tensor | None = None,
+    indices: Tensor | None = None,
+    table: Tensor | None = None,
     *,
     scale: float,
     mask: str,
     normalizer: str,
+    block_q: int = 0,
+    block_k: int = 0,
     target: str,
 ) -> fast_call.Launch:
     """The launch that gives out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32 (sigmoid: (B, Hq, 0)).
 
-    bias and shift have four dimensions.
+    bias and shift have four dimensions. counts, indices: the block lists of block_q and block_k, see
+    block_lists.py; table: what the mask looks up, int32, one-dimensional.
     """
-    chosen = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target)
-    return load_best(chosen, target, lambda: (q, k, v, bias, shift, scale)).launch
+    blocks = (block_q, block_k)
+    chosen = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target, blocks=blocks)
+    return load_best(chosen, target, lambda: (q, k, v, bias, shift, scale, counts, indices, table)).launch
 
 
 def _backward_kernel(
@@ -216,10 +239,17 @@ def _backward_kernel(
     out: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None,
+    counts: Tensor | None = None,
+    indices: Tensor | None = None,
+    counts_t: Tensor | None = None,
+    indices_t: Tensor | None = None,
+    table: Tensor | None = None,
     *,
     scale: float,
     mask: str,
     normalizer: str,
+    block_q: int = 0,
+    block_k: int = 0,
     target: str,
     grad_bias: bool,
     grad_shift: bool,
@@ -227,9 +257,11 @@ def _backward_kernel(
     """The launch that gives dq, dk, dv in the inputs' dtype, dbias of bias's shape and dshift (B, Hq, Lq), float32.
 
     What is not wanted has shape (0,). The bias's gradient has the bias's own shape, nothing larger: where the bias is
-    broadcast over batch, heads or queries, the kernel sums over them.
+    broadcast over batch, heads or queries, the kernel sums over them. counts_t, indices_t: the lists of query blocks
+    that list each key block.
     """
-    forward = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target)
+    blocks = (block_q, block_k)
+    forward = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target, blocks=blocks)
     chosen = backward_spec(
         forward,
         grad_bias=grad_bias,
@@ -238,7 +270,8 @@ def _backward_kernel(
         target=target,
         large=_large_shared_memory(q.device) if target == "triton" else False,
     )
-    inputs = (grad, q, k, v, bias, shift, out, lse, scale, grad_lse)
+    lists = (counts, indices, counts_t, indices_t, table)
+    inputs = (grad, q, k, v, bias, shift, out, lse, scale, grad_lse, *lists)
     kernel = load_best(chosen, target, lambda: inputs).launch
 
     def launch(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -251,9 +284,14 @@ def _backward_kernel(
 
 
 _INPUTS = ("q", "k", "v", "bias", "shift")
-fast_call.implement("attention_forward", _forward_kernel, passes=(*_INPUTS, "scale"))
+fast_call.implement("attention_forward", _forward_kernel, passes=(*_INPUTS, "scale", "counts", "indices", "table"))
 fast_call.implement(
-    "attention_backward", _backward_kernel, passes=("grad", *_INPUTS, "out", "lse", "scale", "grad_lse")
+    "attention_backward",
+    _backward_kernel,
+    passes=(
+        *("grad", *_INPUTS, "out", "lse", "scale", "grad_lse"),
+        *("counts", "indices", "counts_t", "indices_t", "table"),
+    ),
 )
 
 
@@ -262,16 +300,14 @@ def _heads_last(like: Tensor, heads: Any, length: Any, dim: Any) -> Tensor:
 
 
 @torch.library.register_fake("tilewright::attention_forward", lib=LIBRARY)
-def _forward_fake(q, k, v, bias, shift, *, scale, mask, normalizer, target):
+def _forward_fake(q, k, v, bias, shift, *lists, normalizer, **options):
     lse_len = q.shape[2] if normalizer == "softmax" else 0
     out = _heads_last(q, q.shape[1], q.shape[2], v.shape[3])
     return out, q.new_empty((q.shape[0], q.shape[1], lse_len), dtype=torch.float32)
 
 
 @torch.library.register_fake("tilewright::attention_backward", lib=LIBRARY)
-def _backward_fake(
-    grad, q, k, v, bias, shift, out, lse, grad_lse, *, scale, mask, normalizer, target, grad_bias, grad_shift
-):
+def _backward_fake(grad, q, k, v, bias, shift, out, lse, grad_lse, *lists, grad_bias, grad_shift, **options):
     def like(tensor: Tensor) -> Tensor:
         return _heads_last(tensor, tensor.shape[1], tensor.shape[2], tensor.shape[3])
 
@@ -281,21 +317,26 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bias, shift = inputs
-    ctx.save_for_backward(q, k, v, bias, shift, *output)
-    ctx.options = keyword_only_inputs
+    q, k, v, bias, shift, *lists = inputs
+    counts, indices, table = (*lists, None, None, None)[:3]
+    ctx.save_for_backward(q, k, v, bias, shift, *output, counts, indices, table)
+    ctx.options, ctx.given = keyword_only_inputs, len(inputs)
     ctx.bias_wanted = bias is not None and bias.dtype != torch.bool and ctx.needs_input_grad[3]
     ctx.shift_wanted = shift is not None and ctx.needs_input_grad[4]
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, shift, out, lse = ctx.saved_tensors
+    q, k, v, bias, shift, out, lse, counts, indices, table = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(out)
     if ctx.options["normalizer"] == "sigmoid":
         grad_lse = None
+    lists: tuple[Tensor | None, ...] = ()
+    if counts is not None:
+        blocks = -(-k.shape[2] // ctx.options["block_k"])
+        lists = (counts, indices, *transposed_lists(counts, indices, blocks), table)
     dq, dk, dv, dbias, dshift = torch.ops.tilewright.attention_backward(
-        grad, q, k, v, bias, shift, out, lse, grad_lse,
+        grad, q, k, v, bias, shift, out, lse, grad_lse, *lists,
         grad_bias=ctx.bias_wanted, grad_shift=ctx.shift_wanted, **ctx.options,
     )  # fmt: skip
     return (
@@ -304,6 +345,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tu
         dv,
         dbias.to(bias.dtype) if ctx.bias_wanted else None,
         dshift[..., None].sum_to_size(shift.shape) if ctx.shift_wanted else None,
+        *([None] * (ctx.given - 5)),
     )
 
 
