@@ -25,6 +25,9 @@ from .view import GraphView, arguments, layout, signature, value
 
 Node = torch.fx.Node
 
+PARAMETER_GROUP = "tilewright_parameter"
+"""Key of a ``get_attr`` node's metadata: the (group, trained) that :meth:`Builder.parameter` declared."""
+
 
 class Exactness(enum.Enum):
     """How the function after a rewrite relates to the one before."""
@@ -66,10 +69,13 @@ class Rewrite:
 
     build: takes a :class:`Builder` placed before the node and returns the node that takes its place.
     details: JSON-able facts for the report.
+    training: builds what stands there instead while ``tilewright.tune`` trains (soft gates in the place of a hard
+        choice, say), with the same :meth:`Builder.parameter` names; None for the same as ``build``.
     """
 
     build: Callable[[Builder], Node]
     details: Mapping[str, Any] = field(default_factory=dict)
+    training: Callable[[Builder], Node] | None = None
 
 
 @dataclass
@@ -131,6 +137,18 @@ class Builder:
 
     def constant(self, name: str, tensor: torch.Tensor) -> Node:
         """Add ``tensor`` to the graph module as a buffer and return the node that reads it."""
+        return self._attribute(name, tensor)
+
+    def parameter(self, name: str, tensor: torch.Tensor, *, group: str, trained: bool = True) -> Node:
+        """A :meth:`constant` that ``tilewright.tune(compiled, data, parameters=group)`` may change.
+
+        trained: by gradients; otherwise the graph's own training form updates it in place, as a running mean.
+        """
+        node = self._attribute(name, tensor.detach().clone())
+        node.meta[PARAMETER_GROUP] = (group, trained)
+        return node
+
+    def _attribute(self, name: str, tensor: torch.Tensor) -> Node:
         module, graph = self.view.module, self.view.graph
         name = re.sub(r"\W", "_", f"tilewright_{name}")
         unique, count = name, 0

@@ -118,10 +118,13 @@ def run_pass(
     one: Pass,
     copy: Callable[[torch.fx.GraphModule], torch.fx.GraphModule],
     calibration: Sequence[Sequence[Any]] = (),
+    *,
+    training: bool = False,
 ) -> PassRun:
     """Apply one pass to ``module`` in place.
 
     calibration: flat inputs of the graph, a sequence a batch. copy: how to copy a graph module that shares weights.
+    training: build the form that ``tilewright.tune`` trains where a rewrite has one.
     """
     before = copy(module)
     done = PassRun(one, before)
@@ -144,6 +147,8 @@ def run_pass(
         elif isinstance(outcome, NearMiss):
             done.near_misses.append((site, _place(outcome.stopped_at), outcome.reason))
         elif isinstance(outcome, Rewrite):
+            if training and outcome.training is not None:
+                outcome = dataclasses.replace(outcome, build=outcome.training)
             builder = Builder(view, node)
             result = _build(one, outcome, builder, node)
             inserted.update(builder.inserted)
