@@ -89,7 +89,8 @@ def choose(node: Node, op: CanonicalOp, requested: Target, rest: Rest) -> Choice
         if target == "cpp" and (why := policy.why_leave(node, op, rest)):
             return Choice("reference", None, why, intended=True)
     if op.spec is None:
-        return Choice("reference", None, f"no target has a kernel for {op.name}")
+        intended = op.name in policy.ELEMENTWISE
+        return Choice("reference", None, f"no target has a kernel for {op.name}", intended)
     named = torch.fx.node.map_arg(arguments(node), value)
     schema = op.overload._schema.arguments
     args = [named[a.name] for a in schema if not a.kwarg_only]

@@ -20,6 +20,8 @@ from .choices import Rest
 
 # Memory-bound, elementwise or a row at a time: what Inductor would fuse with its neighbours into one loop.
 FUSES = frozenset({"rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "gated_mlp"})
+# No kernel of ours is wanted: a few elementwise operations, which any compiler fuses.
+ELEMENTWISE = frozenset({"merge_attention"})
 # Elements from which the kernel beats Inductor's own loop for the same op, its call included.
 ENOUGH = 2**17
 # Packed tiles need AMX's; up to this many rows the kernel reads the weights as they are, on every instruction set.

@@ -4,7 +4,8 @@ from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canoni
 
 # Each module registers its op on import; a new op is one more file and one more name here.
 from . import attention, attention_parts, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
-from . import block_lists  # isort: skip
+from . import attention_lse, block_attention, block_lists, merge_attention  # isort: skip
+from . import block_scores, select_blocks  # isort: skip
 from . import add_layer_norm, add_rms_norm, linear_fused  # isort: skip
 
 __all__ = [
@@ -15,16 +16,21 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_lse",
     "attention_parts",
+    "block_attention",
     "block_lists",
+    "block_scores",
     "canonical",
     "gated_mlp",
     "is_canonical",
     "layer_norm",
     "linear",
     "linear_fused",
+    "merge_attention",
     "rms_norm",
     "rope",
+    "select_blocks",
     "softmax",
     "visible_keys",
 ]

@@ -10,6 +10,7 @@ Sigmoid attention: "Theory, Analysis, and Best Practices for Sigmoid Self-Attent
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
@@ -85,12 +86,28 @@ def reference(
     Returns (B, Hq, Lq, Dv) in q's dtype.
     """
     check_arguments(q, k, v, bias, shift, mask, normalizer)
+    return attend(q, k, v, bias, shift, visible_pairs(q, k, mask), scale, normalizer)[0]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    normalizer: str,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Lq, Dv) in q's dtype by the definition, and the rows' log-sum-exp (B, Hq, Lq), float32 or float64.
+
+    visible: bool, broadcastable to (B, Hq, Lq, Lk). A row that sees nothing gives zeros and ``-inf``.
+    """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     keys = k.to(compute).repeat_interleave(group, dim=1)
     values = v.to(compute).repeat_interleave(group, dim=1)
     scores = torch.matmul(q.to(compute), keys.transpose(-2, -1)) * scale
-    visible = visible_pairs(q, k, mask)
     if bias is not None and bias.dtype == torch.bool:
         visible = bias if visible is None else visible & bias
     elif bias is not None:
@@ -101,21 +118,25 @@ def reference(
         weights = torch.sigmoid(scores)
         if visible is not None:
             weights = weights.masked_fill(~visible, 0.0)
+        lse = scores.new_empty((*scores.shape[:-1],)).fill_(-math.inf)
     else:
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
-        weights = _safe_softmax(scores)
-    return torch.matmul(weights, values).to(q.dtype)
+        weights, lse = _safe_softmax(scores)
+    return torch.matmul(weights, values).to(q.dtype), lse
 
 
-def _safe_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dim where a row of ``-inf`` gives zeros, with zero gradient."""
+def _safe_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dim and its log-sum-exp; a row of ``-inf`` gives zeros and ``-inf``, with zero gradient."""
     if scores.shape[-1] == 0:
-        return scores
+        return scores, scores.new_full(scores.shape[:-1], -math.inf)
     largest = scores.detach().amax(-1, keepdim=True)
-    weights = torch.exp(scores - largest.masked_fill(largest == float("-inf"), 0.0))
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    weights = torch.exp(scores - largest)
     total = weights.sum(-1, keepdim=True)
-    return weights / total.masked_fill(total == 0, 1.0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    return weights / total, (largest + total.log()).masked_fill(empty, -math.inf).squeeze(-1)
 
 
 def check_arguments(
@@ -157,14 +178,30 @@ def aten_form(
 ) -> Tensor:
     """The same function through ATen's fast paths, for ``target="reference"``. Works with symbolic lengths."""
     if normalizer == "sigmoid":
-        return _aten_sigmoid(q, k, v, bias, shift, scale, mask)
-    grouped = not statically_known_true(q.shape[1] == k.shape[1])
+        return _aten_sigmoid(q, k, v, bias, shift, visible_pairs(q, k, mask), scale)
     text = symbols.mask_text(mask)
     # SDPA's is_causal aligns the first query with the first key, whatever the lengths.
     causal = text == _CAUSAL or (text == _CAUSAL_END and statically_known_true(q.shape[2] == k.shape[2]))
     if causal and bias is None:
+        grouped = not statically_known_true(q.shape[1] == k.shape[1])
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    visible = visible_pairs(q, k, text)
+    return aten_visible(q, k, v, bias, shift, visible_pairs(q, k, text), scale, normalizer)
+
+
+def aten_visible(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    normalizer: str,
+) -> Tensor:
+    """:func:`aten_form` for visible pairs as a bool tensor, broadcastable to (B, Hq, Lq, Lk)."""
+    if normalizer == "sigmoid":
+        return _aten_sigmoid(q, k, v, bias, shift, visible, scale)
+    grouped = not statically_known_true(q.shape[1] == k.shape[1])
     merged = _merge(visible, bias, q.dtype)
     if merged is not None:
         # Fused CPU kernels take two or four dimensions and fall back to slow math for others.
@@ -183,7 +220,13 @@ def _merge(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> T
 
 
 def _aten_sigmoid(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, shift: Tensor | None, scale: float, mask: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
 ) -> Tensor:
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, q_len, k_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
@@ -197,7 +240,6 @@ def _aten_sigmoid(
     if shift is not None:
         scores = scores + shift.to(compute)
     weights = torch.sigmoid(scores)
-    visible = visible_pairs(q, k, mask)
     if bias is not None and bias.dtype == torch.bool:
         visible = bias if visible is None else visible & bias
     if visible is not None:
@@ -227,6 +269,17 @@ def spec(
     return attention_kernel.spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target)
 
 
+def prepare(k: Tensor, bias: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """bias and shift as the kernel ops take them: four-dimensional, a bias with a column for every key."""
+    if bias is not None:
+        bias = attention_kernel.four_dimensional(bias)
+        if not statically_known_true(bias.shape[3] == k.shape[2]):
+            bias = bias.expand(*bias.shape[:3], k.shape[2])
+    if shift is not None:
+        shift = attention_kernel.four_dimensional(shift).to(torch.float32)
+    return bias, shift
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -242,12 +295,7 @@ def _attention(
     check_arguments(q, k, v, bias, shift, mask, normalizer)
     if target == "reference":
         return aten_form(q, k, v, bias, shift, scale, mask, normalizer)
-    if bias is not None:
-        bias = attention_kernel.four_dimensional(bias)
-        if not statically_known_true(bias.shape[3] == k.shape[2]):
-            bias = bias.expand(*bias.shape[:3], k.shape[2])
-    if shift is not None:
-        shift = attention_kernel.four_dimensional(shift).to(torch.float32)
+    bias, shift = prepare(k, bias, shift)
     return torch.ops.tilewright.attention_forward(
         q, k, v, bias, shift, scale=scale, mask=mask, normalizer=normalizer, target=target
     )[0]
