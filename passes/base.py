@@ -69,12 +69,18 @@ class Rewrite:
 
     build: takes a :class:`Builder` placed before the node and returns the node that takes its place.
     details: JSON-able facts for the report.
+    exactness: what this site's rewrite is, where it is more than its pass promises: an APPROXIMATE pass may find that
+        it changes nothing of the function here. None: the pass's own.
+    measure: called where the site is validated, with the replacement as a module and the values of its inputs; what it
+        returns joins the details.
     training: builds what stands there instead while ``tilewright.tune`` trains (soft gates in the place of a hard
         choice, say), with the same :meth:`Builder.parameter` names; None for the same as ``build``.
     """
 
     build: Callable[[Builder], Node]
     details: Mapping[str, Any] = field(default_factory=dict)
+    exactness: Exactness | None = None
+    measure: Callable[[torch.fx.GraphModule, list[Any]], Mapping[str, Any]] | None = None
     training: Callable[[Builder], Node] | None = None
 
 
@@ -180,9 +186,11 @@ class Builder:
                 results[key] = target(*args, **kwargs)
                 return results[key]
             result, replaced = results[key], value(self.before)
+            if isinstance(result, tuple | list):
+                return tuple(map(_alike, result))
             if isinstance(replaced, torch.Tensor) and layout(replaced) == layout(result):
                 return replaced  # the node to be replaced goes, and its fake tensor is nobody else's
-            return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=result.device)
+            return _alike(result)
 
     def _describe(self, node: Node) -> None:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
@@ -194,8 +202,13 @@ class Builder:
         self.view.insert(node)
 
 
+def _alike(result: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=result.device)
+
+
 def _fake_mode(node: Node) -> Any:
-    return getattr(value(node), "fake_mode", None)
+    found = value(node)
+    return getattr(found[0] if isinstance(found, tuple | list) and found else found, "fake_mode", None)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,8 @@ class SiteRewrite:
     nodes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     error: dict[str, float] | None = None
+    exactness: Exactness = Exactness.APPROXIMATE
+    measure: Callable[[torch.fx.GraphModule, list[Any]], Mapping[str, Any]] | None = None
 
 
 @dataclass
@@ -154,7 +156,12 @@ def run_pass(
             inserted.update(builder.inserted)
             names = [inserted_node.name for inserted_node in builder.inserted]
             details = dict(outcome.details)
-            pending.append((SiteRewrite(site, _op(node), node.name, result.name, module, [], names, details), result))
+            exactness = outcome.exactness or one.exactness
+            if exactness is not one.exactness:
+                details["exactness"] = exactness.value
+            rewrite = SiteRewrite(site, _op(node), node.name, result.name, module, [], names, details)
+            rewrite.exactness, rewrite.measure = exactness, outcome.measure
+            pending.append((rewrite, result))
             if get_site(result) is None and result in inserted:
                 set_site(result, site)
             if any(node in new.all_input_nodes for new in builder.inserted):
@@ -253,6 +260,8 @@ def validate(
         def call(values: list[Any], before: Any, rewrite: SiteRewrite = rewrite, after: Any = after) -> Any:
             result = after(*values)
             rewrite.error = _compare(done.rewrite, rewrite, result, before)
+            if rewrite.measure is not None:
+                rewrite.details.update(rewrite.measure(after, values))
             return before
 
         hooks[nodes[rewrite.node]] = Hook(tuple(nodes[name] for name in rewrite.inputs), call)
@@ -269,15 +278,15 @@ def _compare(one: Pass, rewrite: SiteRewrite, after: Any, before: Any) -> dict[s
                 source=rewrite.site.source,
             )
     error = combine([tensor_error(a, b) for a, b in pairs])
-    if one.exactness is Exactness.EXACT:
+    if rewrite.exactness is Exactness.EXACT:
         ok = all(identical(a, b) for a, b in pairs)
-    elif one.exactness is Exactness.REASSOCIATED:
+    elif rewrite.exactness is Exactness.REASSOCIATED:
         ok = all(within(a, b, tolerance(rewrite.op, b.dtype)) for a, b in pairs)
     else:
         ok = True
     if not ok:
         raise ValidationError(
-            f"{one.name} says it is {one.exactness.value}, but changed this site by {error['max_abs']:.3g} "
+            f"{one.name} says it is {rewrite.exactness.value}, but changed this site by {error['max_abs']:.3g} "
             f"(relative L2 {error['rel_l2']:.3g}); please report it, and leave the pass out meanwhile",
             site=rewrite.site.id,
             source=rewrite.site.source,
