@@ -15,7 +15,11 @@ import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, Boolean, BooleanTrue
 
+from .mask_logic import Conjunction, disjuncts
 from .symbols import K, Mod, Q, canonical, parse_mask
+
+MAX_SEGMENTS = 4
+"""Kernels sort and merge at most this many ranges for every tile."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +164,16 @@ class TileBounds:
     needed_lower, needed_upper: outside ``max(needed_lower) <= index < min(needed_upper)`` nothing of the tile is
         visible. full_lower, full_upper: inside ``max(full_lower) <= index < min(full_upper)`` all of it is; None when
         the mask is not known to have such a part. Lengths limit the index besides.
+    needed_if, full_if: conditions without either index. Nothing is visible unless all of ``needed_if`` hold, and the
+        full part counts only where all of ``full_if`` do.
     """
 
     needed_lower: tuple[sympy.Expr, ...]
     needed_upper: tuple[sympy.Expr, ...]
     full_lower: tuple[sympy.Expr, ...] | None
     full_upper: tuple[sympy.Expr, ...] | None
+    needed_if: tuple[Boolean, ...] = ()
+    full_if: tuple[Boolean, ...] = ()
 
     @property
     def has_full(self) -> bool:
@@ -192,3 +200,96 @@ def tile_bounds(mask: Boolean | str, index: sympy.Symbol = K) -> TileBounds:
     return TileBounds(
         tuple(needed[0]), tuple(needed[1]), tuple(full[0]) if exact else None, tuple(full[1]) if exact else None
     )
+
+
+# ------------------------------------------------------------------------------------------------------- segments
+
+
+@functools.lru_cache(maxsize=512)
+def segments(mask: Boolean | str, index: sympy.Symbol = K) -> tuple[TileBounds, ...]:
+    """The ranges of ``index`` (``K`` or ``Q``) that a tile of the other index needs, one for each disjunct of the mask.
+
+    Together they cover what is visible, every full part is visible throughout, and they may overlap, in any order.
+    At most ``MAX_SEGMENTS``: a mask of more disjuncts, or with one that has no limit, gives :func:`tile_bounds` alone.
+    A mask that hides everything has none.
+    """
+    found = [_segment(one, index) for one in disjuncts(mask) or ()]
+    unlimited = [t for t in found if not (t.needed_lower or t.needed_upper or t.needed_if or t.has_full)]
+    if disjuncts(mask) is None or len(found) > MAX_SEGMENTS or unlimited:
+        return (tile_bounds(mask, index),)
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=512)
+def closed_form(mask: Boolean | str) -> bool:
+    """Whether :func:`segments` says exactly which tiles see something, for queries and for keys, from no table."""
+    found = disjuncts(mask)
+    if found is None or not 0 < len(found) <= MAX_SEGMENTS:
+        return False
+    return all(_exact(term, index) for one in found for term in one for index in (K, Q))
+
+
+def _other(index: sympy.Symbol) -> sympy.Symbol:
+    return Q if index is K else K
+
+
+def _exact(term: Relational, index: sympy.Symbol) -> bool:
+    """Whether the ends of a tile of the other index tell which part of ``index`` the comparison shows to the tile."""
+    other = _other(index)
+    if index not in term.free_symbols:
+        limits: Iterable[sympy.Expr | None] = (term.lhs, term.rhs)
+    elif (solved := _solve(term, index)) is None:
+        return False
+    else:
+        limits = solved
+    return all(e is None or (e.count(other) <= 1 and interval(e, other, FIRST, LAST)) for e in limits) and not any(
+        other in part.free_symbols for part in term.atoms(Mod)
+    )
+
+
+def _segment(one: Conjunction, index: sympy.Symbol) -> TileBounds:
+    """The limits of a conjunction, and the conditions in those of its comparisons that do not mention the index."""
+    limited = And(*(term for term in one if index in term.free_symbols))
+    limits = tile_bounds(limited, index)
+    needed: list[Boolean] = []
+    full: list[Boolean] = []
+    for term in one:
+        if index not in term.free_symbols:
+            may, must = _tile_condition(term, _other(index))
+            needed.append(may)
+            full.append(must)
+    has_full = limits.has_full and sympy.false not in full
+
+    def conjuncts(conditions: list[Boolean]) -> tuple[Boolean, ...]:
+        terms = {part for c in conditions for part in (c.args if isinstance(c, And) else (c,)) if part != sympy.true}
+        return tuple(sorted(terms, key=str))
+
+    return TileBounds(
+        limits.needed_lower,
+        limits.needed_upper,
+        limits.full_lower if has_full else None,
+        limits.full_upper if has_full else None,
+        conjuncts(needed),
+        conjuncts(full) if has_full else (),
+    )
+
+
+def _tile_condition(term: Relational, other: sympy.Symbol) -> tuple[Boolean, Boolean]:
+    """(may hold for some of the tile, holds for all of it), over its ends; unknown is (true, false)."""
+    left = interval(term.lhs, other, FIRST, LAST)
+    right = interval(term.rhs, other, FIRST, LAST)
+    if left is None or right is None:
+        return sympy.true, sympy.false
+    if other not in term.free_symbols:
+        return term, term
+    match term.rel_op:
+        case "<=":
+            return sympy.Le(left[0], right[1]), sympy.Le(left[1], right[0])
+        case ">":
+            return sympy.Gt(left[1], right[0]), sympy.Gt(left[0], right[1])
+        case ">=":
+            return sympy.Ge(left[1], right[0]), sympy.Ge(left[0], right[1])
+        case "==":
+            meet = And(sympy.Le(left[0], right[1]), sympy.Ge(left[1], right[0]))
+            return meet, And(sympy.Eq(left[0], right[1]), sympy.Eq(left[1], right[0]))
+    return sympy.true, sympy.false
