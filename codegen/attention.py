@@ -20,6 +20,11 @@ BIASES = ("none", "bool", *DTYPES)
 DOT_PRECISIONS = ("ieee", "tf32x3", "tf32")
 MAX_HEAD_DIM = 256
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Lengths, numbers of heads and widths of lists are whatever the model has.
+_UNALIGNED = (
+    *("q_len", "k_len", "q_heads", "bias_batch", "bias_heads"),
+    *("list_batch", "list_head", "width", "table_len"),
+)
 _TRITON = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "bool": "i1"}
 
 
@@ -154,8 +159,7 @@ class _AttentionSpec(KernelSpec):
         """How ``kernel`` is compiled for inputs whose channels lie beside each other: their strides are one."""
         signature = {name: "constexpr" if name in ones else kind for name, kind in arguments.items()}
         constexprs = {name: 1 for name in arguments if name in ones}
-        # Lengths and the number of heads are whatever the model has.
-        unaligned = [name for name in arguments if name in ("q_len", "k_len", "q_heads", "bias_batch", "bias_heads")]
+        unaligned = [name for name in arguments if name in _UNALIGNED]
         return {
             "kernel": kernel,
             "signature": signature,
@@ -166,14 +170,27 @@ class _AttentionSpec(KernelSpec):
         }
 
     def _inputs(self) -> dict[str, str]:
-        """Kernel arguments common to all: inputs, then the scale, lengths and strides."""
+        """The pointers that every kernel takes first."""
         t = _TRITON[self.dtype]
         pointers = {"q": f"*{t}", "k": f"*{t}", "v": f"*{t}"}
         if self.bias != "none":
             pointers["bias"] = f"*{_TRITON[self.bias]}"
         if self.shift:
             pointers["shift"] = "*fp32"
+        if self.lists:
+            pointers |= {"counts": "*i32", "indices": "*i32"}
+        if self.table:
+            pointers["table"] = "*i32"
         return pointers
+
+    def _sizes(self) -> dict[str, str]:
+        """Scale and sizes, which follow the pointers; strides come last."""
+        names = ["q_heads", "q_len", "k_len"]
+        if self.lists:
+            names += ["list_batch", "list_head", "width"]
+        if self.table:
+            names.append("table_len")
+        return {"scale": "fp32"} | dict.fromkeys(names, "i32")
 
     def _strides(self, *extra: str) -> dict[str, str]:
         names = [f"{t}_{d}" for t in ("q", "k", "v", *extra) for d in ("batch", "head", "row", "dim")]
@@ -198,7 +215,7 @@ class AttentionSpec(_AttentionSpec):
         arguments = self._inputs() | {"out": f"*{_TRITON[self.dtype]}"}
         if self.normalizer == "softmax":
             arguments["lse"] = "*fp32"
-        arguments |= {"scale": "fp32", "q_heads": "i32", "q_len": "i32", "k_len": "i32"} | self._strides("out")
+        arguments |= self._sizes() | self._strides("out")
         return [self._entry("attention_forward", arguments, ("q_dim", "k_dim", "v_dim", "out_dim", "bias_col"))]
 
     def candidates(self, target: str) -> list[Self]:
@@ -247,7 +264,7 @@ class AttentionBackwardSpec(_AttentionSpec):
         t = _TRITON[self.dtype]
         softmax = self.normalizer == "softmax"
         inputs = self._inputs() | {"grad": f"*{t}"} | ({"lse": "*fp32", "delta": "*fp32"} if softmax else {})
-        sizes = {"scale": "fp32", "q_heads": "i32", "q_len": "i32", "k_len": "i32"}
+        sizes = self._sizes()
         ones = ("q_dim", "k_dim", "v_dim", "out_dim", "grad_dim", "dq_dim", "dk_dim", "dv_dim", "bias_col")
         entries = []
         if softmax:
