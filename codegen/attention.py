@@ -300,7 +300,7 @@ class AttentionBackwardSpec(_AttentionSpec):
 
 
 def _segments(mask: Any, index: sympy.Symbol, target: str) -> list[dict[str, Any]]:
-    return [_limits(bounds.tile_bounds(mask, index), target)]
+    return [_limits(tile, target) for tile in bounds.segments(mask, index)]
 
 
 def _limits(tile: bounds.TileBounds, target: str) -> dict[str, Any]:
@@ -319,8 +319,8 @@ def _limits(tile: bounds.TileBounds, target: str) -> dict[str, Any]:
         "has_full": tile.has_full,
         # Conditions of the whole range: it is empty unless all of the first hold, and has a full part only where all
         # of the second do.
-        "needed_if": [],
-        "full_if": [],
+        "needed_if": [printer(condition) for condition in tile.needed_if],
+        "full_if": [printer(condition) for condition in tile.full_if],
     }
 
 
