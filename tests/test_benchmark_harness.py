@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 
 import pytest
 import torch
@@ -68,6 +70,31 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
     clock = FakeClock({"short": 1e-5, "long": 1e-2}, label)
     race(calls, clock, Limits(sample_seconds=1e-3))
     assert dict(clock.samples) == {"short": 100, "long": 1}
+
+
+def test_a_time_does_not_depend_on_the_depth_of_the_stack() -> None:
+    """Called where one of CPython's chunks of frames ends, each call would map and unmap memory, a page fault each."""
+
+    def faults(depth: int, run) -> int:
+        if depth:
+            return faults(depth - 1, run)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def small(x: int) -> int:
+        return x
+
+    def calls() -> None:
+        for number in range(200):
+            small(number)
+
+    def most(run) -> int:
+        return max(faults(depth, run) for depth in range(300))
+
+    if sys.implementation.name == "cpython" and sys.version_info < (3, 14):
+        assert most(calls) >= 200, "this is what the clock has to avoid"
+    assert most(lambda: measure.CpuClock().sample(calls, 1)) < 100
 
 
 def test_a_slow_contender_is_left_out_unless_it_is_ours() -> None:
