@@ -16,7 +16,7 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, Boolean, BooleanTrue
 
 from .mask_logic import Conjunction, disjuncts
-from .symbols import K, Mod, Q, canonical, parse_mask
+from .symbols import K, Mod, Q, Table, canonical, parse_mask
 
 MAX_SEGMENTS = 4
 """Kernels sort and merge at most this many ranges for every tile."""
@@ -41,7 +41,7 @@ def bounds(mask: Boolean | str, index: sympy.Symbol = K) -> Bounds:
 
     Solvable: comparisons linear in ``index`` or in ``index // c``, such as ``k_idx > q_idx - 256`` or
     ``k_idx // 64 == q_idx // 64``. A conjunct that does not mention ``index`` is not a limit and makes the result
-    inexact, as do disjunctions and ``!=``.
+    inexact, as do disjunctions, ``!=`` and whatever looks entries of a table up.
     """
     mask = parse_mask(mask) if isinstance(mask, str) else canonical(mask)
     terms: Iterable[Boolean] = mask.args if isinstance(mask, And) else (mask,)
@@ -52,7 +52,7 @@ def bounds(mask: Boolean | str, index: sympy.Symbol = K) -> Bounds:
         if isinstance(term, BooleanTrue):
             continue
         solved = _solve(term, index) if isinstance(term, Relational) else None
-        if solved is None:
+        if solved is None or term.has(Table):
             exact = False
             continue
         low, high = solved
@@ -236,6 +236,8 @@ def _other(index: sympy.Symbol) -> sympy.Symbol:
 def _exact(term: Relational, index: sympy.Symbol) -> bool:
     """Whether the ends of a tile of the other index tell which part of ``index`` the comparison shows to the tile."""
     other = _other(index)
+    if term.has(Table):
+        return False
     if index not in term.free_symbols:
         limits: Iterable[sympy.Expr | None] = (term.lhs, term.rhs)
     elif (solved := _solve(term, index)) is None:
@@ -278,7 +280,7 @@ def _tile_condition(term: Relational, other: sympy.Symbol) -> tuple[Boolean, Boo
     """(may hold for some of the tile, holds for all of it), over its ends; unknown is (true, false)."""
     left = interval(term.lhs, other, FIRST, LAST)
     right = interval(term.rhs, other, FIRST, LAST)
-    if left is None or right is None:
+    if left is None or right is None or term.has(Table):
         return sympy.true, sympy.false
     if other not in term.free_symbols:
         return term, term

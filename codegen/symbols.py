@@ -6,17 +6,21 @@ A mask is a boolean expression over six integer symbols:
     q_len, k_len   numbers of queries and keys
     batch, head    index of the batch entry and of the query head
 
+and over ``table(index)``, an entry of one flat int32 table that goes with the mask as a tensor (an index beyond its
+ends means its first or last entry).
+
 It travels as text (in graphs, specs, saved files), such as ``"(k_idx <= q_idx) & (k_idx > q_idx - 256)"``. Text is
 parsed through a whitelist of syntax, never evaluated; :func:`mask_text` prints the canonical form, so that one mask
 has one text. The empty text hides nothing. Grammar: comparisons (chains too), ``& | ~`` and ``and or not``,
-``+ - *``, ``//`` and ``%`` by a positive literal (rounding down, as in Python), integer literals, parentheses.
+``+ - *``, ``//`` and ``%`` by a positive literal (rounding down, as in Python), integer literals, ``table(index)``,
+parentheses, and the masks of codegen/mask_constructors.py by name: ``causal & (window(256) | sinks(4))``.
 
-codegen/bounds.py derives loop limits from masks.
+codegen/mask_grammar.py reads masks, codegen/mask_logic.py proves what follows from them, and codegen/bounds.py derives
+loop limits.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import math
 from collections.abc import Mapping
@@ -25,52 +29,27 @@ from typing import Any
 
 import sympy
 from sympy.core.relational import Relational
-from sympy.logic.boolalg import And, Boolean, BooleanFalse, BooleanTrue, Not, Or, to_nnf
+from sympy.logic.boolalg import And, Boolean, BooleanFalse, BooleanTrue, Or, to_nnf
 
+from .mask_grammar import read_mask
+from .mask_terms import BATCH as BATCH
+from .mask_terms import HEAD as HEAD
+from .mask_terms import K_LEN as K_LEN
+from .mask_terms import MAX_DEPTH as MAX_DEPTH
+from .mask_terms import MAX_LITERAL as MAX_LITERAL
+from .mask_terms import MAX_TEXT as MAX_TEXT
+from .mask_terms import Q_LEN as Q_LEN
+from .mask_terms import SYMBOLS as SYMBOLS
+from .mask_terms import K as K
+from .mask_terms import MaskError as MaskError
+from .mask_terms import Mod as Mod
+from .mask_terms import Q as Q
+from .mask_terms import Table as Table
 from .spec import SpecError
 
-Q = sympy.Symbol("q_idx", integer=True, nonnegative=True)
-K = sympy.Symbol("k_idx", integer=True, nonnegative=True)
-Q_LEN = sympy.Symbol("q_len", integer=True, nonnegative=True)
-K_LEN = sympy.Symbol("k_len", integer=True, nonnegative=True)
-BATCH = sympy.Symbol("batch", integer=True, nonnegative=True)
-HEAD = sympy.Symbol("head", integer=True, nonnegative=True)
-SYMBOLS = {symbol.name: symbol for symbol in (K, Q, HEAD, BATCH, K_LEN, Q_LEN)}
 # The first of these in a comparison is what its canonical form isolates on the left.
 _PRIORITY = tuple(SYMBOLS.values())
 _PRINT_ORDER = {s: i for i, s in enumerate((Q, K, HEAD, BATCH, K_LEN, Q_LEN))}
-
-
-class Mod(sympy.Function):
-    """The remainder of rounding down by a positive literal. sympy's own takes 2 * (q % 3) for (2 * (q % 3)) % 3."""
-
-    nargs = 2
-
-    @classmethod
-    def eval(cls, value: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
-        return sympy.Integer(int(value) % int(divisor)) if value.is_Integer and divisor.is_Integer else None
-
-    def _eval_is_integer(self) -> bool:
-        return True
-
-    def _eval_is_nonnegative(self) -> bool:
-        return True
-
-
-MAX_TEXT = 4096
-MAX_DEPTH = 100
-MAX_LITERAL = 2**31 - 1
-
-
-class MaskError(SpecError):
-    """A mask text that does not parse. ``column`` counts from 1."""
-
-    def __init__(self, message: str, text: str, column: int) -> None:
-        super().__init__(f"{message} (column {column} of {text!r})")
-        self.column = column
-
-
-# ---------------------------------------------------------------------------------------------------------- parsing
 
 
 @functools.lru_cache(maxsize=512)
@@ -79,107 +58,13 @@ def parse_mask(text: str) -> Boolean:
 
     Raises :class:`MaskError` naming the column of what the grammar does not allow.
     """
-    if not isinstance(text, str):
-        raise SpecError(f"a mask is a text, not {type(text).__name__}")
-    if len(text) > MAX_TEXT:
-        raise MaskError(f"a mask has at most {MAX_TEXT} characters", text[:40] + "...", MAX_TEXT + 1)
-    if not text.strip():
-        return sympy.true
-    # A newline would shift the columns of what follows it, and leading blanks are an indent to ast.
-    shifted = text.replace("\n", " ").replace("\t", " ")
-    body = shifted.lstrip(" ")
-    offset = len(shifted) - len(body)
-    try:
-        tree = ast.parse(body, mode="eval")
-    except SyntaxError as error:
-        column = max(error.offset or 1, 1) + offset
-        raise MaskError(f"not an expression: {error.msg}", text, min(column, len(text))) from None
-    except (ValueError, RecursionError, MemoryError) as error:  # a null byte; nesting beyond the parser's stack
-        raise MaskError(f"not an expression: {error}", text, 1) from None
-    return canonical(_Parser(text, offset).boolean(tree.body, 0))
+    return canonical(read_mask(text))
 
 
-class _Parser:
-    def __init__(self, text: str, offset: int) -> None:
-        self.text = text
-        self.offset = offset
-
-    def fail(self, node: ast.AST, message: str) -> MaskError:
-        return MaskError(message, self.text, getattr(node, "col_offset", 0) + self.offset + 1)
-
-    def boolean(self, node: ast.expr, depth: int) -> Boolean:
-        if depth > MAX_DEPTH:
-            raise self.fail(node, f"nested deeper than {MAX_DEPTH}")
-        match node:
-            case ast.BoolOp(op=op, values=values):
-                combine = And if isinstance(op, ast.And) else Or
-                return combine(*(self.boolean(value, depth + 1) for value in values))
-            case ast.BinOp(op=ast.BitAnd(), left=left, right=right):
-                return And(self.boolean(left, depth + 1), self.boolean(right, depth + 1))
-            case ast.BinOp(op=ast.BitOr(), left=left, right=right):
-                return Or(self.boolean(left, depth + 1), self.boolean(right, depth + 1))
-            case ast.UnaryOp(op=ast.Invert() | ast.Not(), operand=operand):
-                return Not(self.boolean(operand, depth + 1))
-            case ast.Compare(left=left, ops=ops, comparators=comparators):
-                terms = [self.integer(term, depth + 1) for term in (left, *comparators)]
-                return And(*(self.compare(node, op, *terms[i : i + 2]) for i, op in enumerate(ops)))
-            case ast.Constant(value=bool(value)):
-                return sympy.true if value else sympy.false
-            case _:
-                raise self.fail(node, "expected a condition such as k_idx <= q_idx")
-
-    def compare(self, node: ast.expr, op: ast.cmpop, left: sympy.Expr, right: sympy.Expr) -> Boolean:
-        relation = _COMPARISONS.get(type(op))
-        if relation is None:
-            raise self.fail(node, "only < <= > >= == != compare")
-        return relation(left, right)
-
-    def integer(self, node: ast.expr, depth: int) -> sympy.Expr:
-        if depth > MAX_DEPTH:
-            raise self.fail(node, f"nested deeper than {MAX_DEPTH}")
-        match node:
-            case ast.Constant(value=int(value)) if not isinstance(value, bool):
-                if value > MAX_LITERAL:
-                    raise self.fail(node, f"{value} does not fit 32 bits")
-                return sympy.Integer(value)
-            case ast.Name(id=name):
-                if name not in SYMBOLS:
-                    raise self.fail(node, f"unknown symbol {name!r}: there are {', '.join(SYMBOLS)}")
-                return SYMBOLS[name]
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -self.integer(operand, depth + 1)
-            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-                return self.integer(operand, depth + 1)
-            case ast.BinOp(op=ast.Add(), left=left, right=right):
-                return self.integer(left, depth + 1) + self.integer(right, depth + 1)
-            case ast.BinOp(op=ast.Sub(), left=left, right=right):
-                return self.integer(left, depth + 1) - self.integer(right, depth + 1)
-            case ast.BinOp(op=ast.Mult(), left=left, right=right):
-                return self.integer(left, depth + 1) * self.integer(right, depth + 1)
-            case ast.BinOp(op=ast.FloorDiv(), left=left, right=right):
-                return sympy.floor(self.integer(left, depth + 1) / self.divisor(right, depth))
-            case ast.BinOp(op=ast.Mod(), left=left, right=right):
-                return Mod(self.integer(left, depth + 1), self.divisor(right, depth))
-            case ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
-                raise self.fail(node, "& and | combine conditions: put each comparison in parentheses")
-            case _:
-                raise self.fail(node, "expected an integer: a symbol, a literal, or + - * // % of such")
-
-    def divisor(self, node: ast.expr, depth: int) -> sympy.Integer:
-        value = self.integer(node, depth + 1)
-        if not (value.is_Integer and value > 0):
-            raise self.fail(node, "// and % take a positive literal on the right")
-        return value
-
-
-_COMPARISONS = {
-    ast.Lt: sympy.Lt,
-    ast.LtE: sympy.Le,
-    ast.Gt: sympy.Gt,
-    ast.GtE: sympy.Ge,
-    ast.Eq: sympy.Eq,
-    ast.NotEq: sympy.Ne,
-}
+def has_table(mask: Boolean | str) -> bool:
+    """Whether the mask looks entries of its table up."""
+    mask = parse_mask(mask) if isinstance(mask, str) else mask
+    return bool(mask.has(Table))
 
 
 # -------------------------------------------------------------------------------------------------- canonical form
@@ -252,7 +137,8 @@ def _leading_term(terms: Mapping[sympy.Expr, sympy.Expr]) -> sympy.Expr:
             return symbol
 
     def rank(term: sympy.Expr) -> tuple[int, str]:
-        return min(_PRIORITY.index(symbol) for symbol in term.free_symbols), _print(term, 0, PYTHON)
+        first = min((_PRIORITY.index(symbol) for symbol in term.free_symbols), default=len(_PRIORITY))
+        return first, _print(term, 0, PYTHON)
 
     return min(terms, key=rank)
 
@@ -268,10 +154,11 @@ class _Style:
     false: str
     floors: bool  # whether // and % round down for negative numbers
     divide: str
+    lookup: str = "lookup({index})"
 
 
-PYTHON = _Style(" & ", " | ", "True", "False", True, " // ")
-TRITON = _Style(" & ", " | ", "True", "False", False, " // ")
+PYTHON = _Style(" & ", " | ", "True", "False", True, " // ", "table({index})")
+TRITON = _Style(" & ", " | ", "True", "False", False, " // ", "lookup({table}, {index}, {table_len})")
 CPP = _Style(" && ", " || ", "true", "false", False, " / ")
 CPP_LANES = _Style(" & ", " | ", "true", "false", False, " / ")
 
@@ -288,7 +175,10 @@ def mask_text(mask: Boolean | str) -> str:
 
 
 def triton_text(expression: sympy.Basic, names: Mapping[str, str] | None = None) -> str:
-    """The expression in Triton, whose ``//`` and ``%`` round towards zero. ``names`` renames symbols."""
+    """The expression in Triton, whose ``//`` and ``%`` round towards zero. ``names`` renames symbols.
+
+    Entries of the table read ``lookup(table, index, table_len)``, a function of the kernel that clamps the index.
+    """
     return _print(expression, _OR, TRITON, names)
 
 
@@ -328,6 +218,9 @@ def _print(e: sympy.Basic, outer: int, style: _Style, names: Mapping[str, str] |
         return wrap(str(int(e)), _ATOM if e >= 0 else _ADD)
     if e.is_Add:
         return wrap(_print_sum(e, sub), _ADD)
+    if isinstance(e, Table):
+        words = {word: (names or {}).get(word, word) for word in ("table", "table_len")}
+        return style.lookup.format(index=sub(e.args[0], _OR), **words)
     if isinstance(e, Mod):
         value, divisor = e.args
         inner = sub(value, _MUL)
@@ -399,6 +292,8 @@ def evaluate(mask: Boolean | str, values: Mapping[str, Any]) -> Any:
             return functools.reduce(_mul, [integer(e.base)] * int(e.exp))
         if isinstance(e, Mod):
             return integer(e.args[0]) % int(e.args[1])
+        if isinstance(e, Table):
+            return _look_up(values.get("table"), integer(e.args[0]) + lift)
         if isinstance(e, sympy.floor):
             value, divisor = sympy.fraction(sympy.together(e.args[0]))
             return integer(value) // int(divisor)
@@ -427,6 +322,15 @@ def evaluate(mask: Boolean | str, values: Mapping[str, Any]) -> Any:
                 raise SpecError(f"{other} is not canonical")
 
     return boolean(canonical(mask))
+
+
+def _look_up(table: Any, index: Any) -> Any:
+    """Entries of a tensor or a sequence at a tensor of indices, or at one; indices are clamped."""
+    if table is None:
+        raise SpecError("the mask looks entries of a table up: give values['table']")
+    if hasattr(index, "clamp"):
+        return table[index.clamp(0, table.shape[0] - 1)]
+    return table[min(max(index, 0), len(table) - 1)]
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -12,6 +12,15 @@ from tilewright.codegen import symbols
 
 NAMES = ("q_idx", "k_idx", "q_len", "k_len", "batch", "head")
 
+TABLE = (3, 0, 0, 1, 1, 1, 7, -2, 4, 4, 12)
+"""The table of the masks drawn here."""
+
+
+def table(index: int) -> int:
+    """An entry of the table, as the text form of a mask names it."""
+    return TABLE[min(max(int(index), 0), len(TABLE) - 1)]
+
+
 integers = st.recursive(
     st.sampled_from(["q_idx", "k_idx", "q_idx", "k_idx", "q_len", "k_len", "head", "batch"])
     | st.integers(0, 9).map(str),
@@ -21,6 +30,7 @@ integers = st.recursive(
             lambda t: f"({t[0]} * {t[1]})" if t[1] >= 0 else f"(-{t[0]} * {-t[1]})"
         ),
         st.tuples(inner, st.sampled_from(["//", "%"]), st.integers(1, 7)).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
+        inner.map(lambda text: f"table({text})"),
     ),
     max_leaves=4,
 )
@@ -64,7 +74,7 @@ def pairs(q_len: int, k_len: int, batches=(0, 1), heads=(0, 2)) -> Iterator[dict
             yield dict(zip(NAMES, (q_idx, k_idx, q_len, k_len, batch, head), strict=True))
 
 
-def visible(text: str, q_len: int, k_len: int, batch: int = 1, heads: int = 1, table: torch.Tensor | None = None):
+def visible(text: str, q_len: int, k_len: int, batch: int = 1, heads: int = 1, entries=TABLE) -> torch.Tensor:
     """(batch, heads, q_len, k_len) bool: the mask evaluated for every pair."""
     values = {
         "q_idx": torch.arange(q_len)[:, None],
@@ -73,6 +83,6 @@ def visible(text: str, q_len: int, k_len: int, batch: int = 1, heads: int = 1, t
         "k_len": k_len,
         "batch": torch.arange(batch)[:, None, None, None],
         "head": torch.arange(heads)[None, :, None, None],
-        "table": table,
+        "table": torch.as_tensor(entries, dtype=torch.int32),
     }
     return symbols.evaluate(text, values).expand(batch, heads, q_len, k_len)

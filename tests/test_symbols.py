@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import sympy
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from mask_cases import TABLE, comparisons, lines, masks, pairs, table, visible
 
 from tilewright.codegen import bounds, symbols
 from tilewright.codegen.spec import SpecError
 from tilewright.codegen.symbols import MaskError, mask_text, parse_mask
-
-NAMES = ("q_idx", "k_idx", "q_len", "k_len", "batch", "head")
 
 
 class TruncatingInt(int):
@@ -45,35 +42,13 @@ class TruncatingInt(int):
         return self - (self // other) * other
 
 
-def pairs(q_len, k_len, batches=(0, 1), heads=(0, 2)):
-    for batch, head in itertools.product(batches, heads):
-        for q_idx, k_idx in itertools.product(range(q_len), range(k_len)):
-            yield dict(zip(NAMES, (q_idx, k_idx, q_len, k_len, batch, head), strict=True))
+def lookup(*arguments):
+    """What Triton's and C++'s texts call: lookup(table, index, table_len) and lookup(index)."""
+    return TruncatingInt(table(arguments[-2] if len(arguments) == 3 else arguments[0]))
 
 
-integers = st.recursive(
-    st.sampled_from(["q_idx", "k_idx", "q_idx", "k_idx", "q_len", "k_len", "head", "batch"])
-    | st.integers(0, 9).map(str),
-    lambda inner: st.one_of(
-        st.tuples(inner, st.sampled_from(["+", "-"]), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
-        st.tuples(inner, st.integers(-3, 3)).map(
-            lambda t: f"({t[0]} * {t[1]})" if t[1] >= 0 else f"(-{t[0]} * {-t[1]})"
-        ),
-        st.tuples(inner, st.sampled_from(["//", "%"]), st.integers(1, 7)).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
-    ),
-    max_leaves=4,
-)
-comparisons = st.tuples(integers, st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), integers).map(
-    lambda t: f"({t[0]} {t[1]} {t[2]})"
-)
-masks = st.recursive(
-    comparisons,
-    lambda inner: st.one_of(
-        st.tuples(inner, st.sampled_from(["and", "or"]), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
-        inner.map(lambda text: f"(not {text})"),
-    ),
-    max_leaves=3,
-)
+FUNCTIONS = {"table": table}
+KERNEL_NAMES = {"lookup": lookup, "table": None, "table_len": len(TABLE)}
 
 
 @given(masks, st.integers(1, 6), st.integers(1, 6))
@@ -91,29 +66,25 @@ def test_every_printed_form_means_what_was_written(text, q_len, k_len):
     cpp = symbols.cpp_text(mask).replace("&&", "and").replace("||", "or").replace(" / ", " // ")
     cpp = compile(cpp.replace("true", "True").replace("false", "False"), "mask", "eval")
     for values in pairs(q_len, k_len):
-        expected = bool(eval(source, {}, dict(values)))
+        expected = bool(eval(source, dict(FUNCTIONS), dict(values)))
         truncating = {name: TruncatingInt(value) for name, value in values.items()}
-        assert bool(eval(python, {}, dict(values))) == expected, (text, printed, values)
-        assert bool(eval(triton, {}, dict(truncating))) == expected, (text, symbols.triton_text(mask), values)
-        assert bool(eval(cpp, {}, dict(truncating))) == expected, (text, symbols.cpp_text(mask), values)
+        assert bool(eval(python, dict(FUNCTIONS), dict(values))) == expected, (text, printed, values)
+        assert bool(eval(triton, dict(KERNEL_NAMES), dict(truncating))) == expected, (
+            text,
+            symbols.triton_text(mask),
+            values,
+        )
+        assert bool(eval(cpp, dict(KERNEL_NAMES), dict(truncating))) == expected, (text, symbols.cpp_text(mask), values)
 
 
 @given(masks)
 @settings(max_examples=60)
 def test_evaluate_on_tensors(text):
     q_len, k_len = 5, 7
-    values = {
-        "q_idx": torch.arange(q_len)[:, None],
-        "k_idx": torch.arange(k_len)[None, :],
-        "q_len": q_len,
-        "k_len": k_len,
-        "batch": torch.arange(2)[:, None, None, None],
-        "head": torch.arange(3)[None, :, None, None],
-    }
-    found = symbols.evaluate(text, values).expand(2, 3, q_len, k_len)
+    found = visible(text, q_len, k_len, 2, 3)
     source = compile(text, "mask", "eval")
     for pair in pairs(q_len, k_len):
-        expected = bool(eval(source, {}, dict(pair)))
+        expected = bool(eval(source, dict(FUNCTIONS), dict(pair)))
         assert found[pair["batch"], pair["head"], pair["q_idx"], pair["k_idx"]].item() == expected, (text, pair)
 
 
@@ -145,6 +116,27 @@ def test_one_mask_has_one_text(spellings):
         ("k_idx.real < 3", 1, "expected an integer"),
         ("k_idx ** 2 < 3", 1, "expected an integer"),
         ("k_idx < 3.5", 9, "expected an integer"),
+        ("table(q_idx, 1) == 0", 1, "one index"),
+        ("table(k=q_idx) == 0", 1, "one index"),
+        ("table < 1", 1, "unknown symbol 'table'"),
+        ("table(causal) == 0", 7, "unknown symbol 'causal'"),
+        ("causal & windw(3)", 10, "unknown mask 'windw': there are causal, window"),
+        ("causal(1)", 1, "wrong arguments: it is causal"),
+        ("causal | window()", 10, "wrong arguments: it is window.left, right=0"),
+        ("window(1, 2, 3)", 1, "wrong arguments"),
+        ("window(width=3)", 1, "wrong arguments"),
+        ("window(q_idx)", 8, "expected an integer literal"),
+        ("window(right=1.5, left=1)", 14, "expected an integer literal"),
+        ("sinks(4294967296)", 7, "32 bits"),
+        ("window(*[3])", 8, "cannot be read"),
+        ("window(**{})", 8, "cannot be read"),
+        ("causal & blocks(0)", 10, "size is 0, but must be an int of at least 1"),
+        ("neighbourhood(8, 8, 1, 3)", 1, "block is 3, but must divide"),
+        ("neighbourhood(65536, 65536, 1)", 1, "width is 4294967296, which does not fit"),
+        ("per_head()", 1, "takes masks"),
+        ("end_aligned(causal, causal)", 1, "takes one mask"),
+        ("per_head(causal, 4)", 18, "expected a condition"),
+        ("documents(3)", 1, "comes with a tensor"),
         ("k_idx < 4294967296", 9, "32 bits"),
         ("k_idx in q_idx", 1, "compare"),
         ("__import__('os').system('true') == 0", 1, "expected an integer"),
@@ -186,6 +178,59 @@ def test_builders():
         symbols.sliding_window(0)
 
 
+@pytest.mark.parametrize(
+    ("written", "canonical"),
+    [
+        ("causal", "k_idx <= q_idx"),
+        ("causal()", "k_idx <= q_idx"),
+        ("window(256)", "(k_idx <= q_idx) & (k_idx > q_idx - 256)"),
+        ("window(left=3, right=2)", "(k_idx <= q_idx + 2) & (k_idx > q_idx - 3)"),
+        ("sinks(4)", "k_idx <= 3"),
+        ("prefix(4)", "(k_idx <= 3) | (k_idx <= q_idx)"),
+        ("dilated(3)", "(q_idx - k_idx) % 3 == 0"),
+        ("dilated(1)", ""),
+        ("blocks(64)", "k_idx // 64 == q_idx // 64"),
+        ("block_causal(64)", "k_idx // 64 <= q_idx // 64"),
+        ("~causal", "k_idx > q_idx"),
+        ("per_head(causal, sinks(1))", "((head == 0) & (k_idx <= q_idx)) | ((head > 0) & (k_idx <= 0))"),
+        ("per_head(causal)", "k_idx <= q_idx"),
+        ("end_aligned(causal | sinks(2))", "(k_idx <= 1) | (k_idx <= q_idx + k_len - q_len)"),
+        ("table(q_idx) == table(k_idx)", "table(k_idx) == table(q_idx)"),
+        ("table(2 + 3) > 2 * table(5)", "table(5) <= -1"),
+    ],
+)
+def test_named_masks_expand(written, canonical):
+    assert mask_text(written) == canonical
+    assert symbols.has_table(written) == ("table" in canonical)
+
+
+@pytest.mark.parametrize(("halo", "block"), [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (3, 2)])
+def test_neighbourhood_is_what_halonet_draws(halo, block):
+    height, width = 4, 6
+    seen = visible(f"neighbourhood({height}, {width}, {halo}, {block})", 2 * height * width, 2 * height * width)[0, 0]
+    expected = torch.zeros_like(seen)
+    places = [(i, r, c) for i in range(2) for r in range(height) for c in range(width)]
+    for q, (image, row, column) in enumerate(places):
+        top, left = row // block * block - halo, column // block * block - halo
+        for k, (other, r, c) in enumerate(places):
+            reach = block + 2 * halo
+            expected[q, k] = image == other and top <= r < top + reach and left <= c < left + reach
+    assert torch.equal(seen, expected)
+
+
+def test_lookups_are_clamped_and_printed_for_each_target():
+    mask = parse_mask("table(q_idx - 5) == table(k_idx * 9)")
+    seen = visible("table(q_idx - 5) == table(k_idx * 9)", 7, 3)[0, 0]
+    assert seen.tolist() == [[table(q - 5) == table(9 * k) for k in range(3)] for q in range(7)]
+    assert symbols.triton_text(mask, {"table": "entries"}) == (
+        "lookup(entries, 9 * k_idx, table_len) == lookup(entries, q_idx - 5, table_len)"
+    )
+    assert symbols.cpp_lanes_text(mask) == symbols.cpp_text(mask) == "lookup(9 * k_idx) == lookup(q_idx - 5)"
+    with pytest.raises(SpecError, match="give values"):
+        symbols.evaluate(mask, {"q_idx": 0, "k_idx": 0})
+    assert symbols.evaluate(mask, {"q_idx": 0, "k_idx": 0, "table": TABLE}) is True
+
+
 def test_bounds_of_the_common_masks():
     causal = bounds.k_bounds("k_idx <= q_idx")
     assert (causal.lower, causal.upper, causal.exact) == ((), (symbols.Q + 1,), True)
@@ -197,13 +242,6 @@ def test_bounds_of_the_common_masks():
 
 
 # Conjunctions of what bounds can solve (straight lines, rising and falling, and blocks) and of what it may not.
-lines = st.tuples(
-    st.sampled_from(["k_idx", "2 * k_idx", "-k_idx", "k_idx // 3"]),
-    st.sampled_from(["<=", ">", "=="]),
-    st.integers(-2, 2),
-    st.sampled_from(["q_idx", "q_idx // 2", "(q_idx % 3)"]),
-    st.integers(-4, 8),
-).map(lambda t: f"({t[0]} {t[1]} {t[2]} * {t[3]} + {t[4]})")
 solvable = st.lists(st.one_of(lines, lines, comparisons), min_size=1, max_size=3).map(" & ".join)
 
 
@@ -232,7 +270,7 @@ def test_tile_bounds_enclose_what_is_visible(text, index, q_len, k_len, tile):
                 bool(
                     eval(
                         source,
-                        {},
+                        dict(FUNCTIONS),
                         {"q_len": q_len, "k_len": k_len, "batch": 1, "head": 2, index.name: position, other.name: o},
                     )
                 )
