@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .backend import GraphProgram, compile_graph, require_changes
 from .bisection import Contribution, measure
 from .capture import GraphBreaks
 from .exported import ExportedProgram
+from .inputs import by_name
 from .lower import KernelUse
 from .options import Options
 from .pipeline import GraphRecord
@@ -49,6 +51,7 @@ class CompiledModule(torch.nn.Module):
         self._example: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
         self._calibration: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
         self._listeners: list[Any] = []
+        self._tuned: dict[str, torch.Tensor] = {}
         self._dynamo_forward: Any = None
         self.forward = _same_signature(self._call, model)
         if callable(getattr(type(model), "generate", None)):
@@ -109,7 +112,26 @@ class CompiledModule(torch.nn.Module):
             self._exported[mode] = ExportedProgram.make(
                 self._orig_mod, args, kwargs, shapes, self.options, self._calibration
             )
+            _write_buffers(self._exported[mode].record, self._tuned)
         return self._exported[mode]
+
+    # What ``tilewright.tune`` needs.
+
+    def exported_program(self) -> ExportedProgram:
+        """The graph of the model's current mode. Only behind door ``"export"``."""
+        return self._program()
+
+    def example_call(self) -> tuple[dict[str, Any], Sequence[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """The example inputs by name, and the calibration batches."""
+        assert self._example is not None
+        bound = inspect.signature(self._orig_mod.forward).bind(*self._example[0], **self._example[1])
+        return by_name(bound), self._calibration
+
+    def set_tuned(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Give parameters that passes declared new values, by their names in the graphs, in every mode's graph."""
+        self._tuned |= values
+        for program in self._exported.values():
+            _write_buffers(program.record, self._tuned)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self.door == "export":
@@ -211,6 +233,15 @@ class CompiledModule(torch.nn.Module):
             yield
         finally:
             self._listeners.remove(listener)
+
+
+def _write_buffers(record: GraphRecord, values: Mapping[str, torch.Tensor]) -> None:
+    """In place: the graphs of a record share their buffers."""
+    known = dict(record.lowered.named_buffers())
+    with torch.no_grad():
+        for name, value in values.items():
+            if name in known:
+                known[name].copy_(value)
 
 
 def _detached(value: Any) -> Any:

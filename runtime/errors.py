@@ -91,6 +91,10 @@ class CacheError(TilewrightError):
     """The cache folder cannot be written or read."""
 
 
+class TuningError(TilewrightError):
+    """Tuning cannot go on: a loss that is not finite, or a checkpoint that is damaged or of another run."""
+
+
 class SaveError(TilewrightError):
     """A compiled module that cannot be saved, or a file that is not a saved one."""
 

@@ -26,6 +26,7 @@ _PUBLIC = {
     "Report": ".frontend.report",
     "save": ".frontend.save",
     "load": ".frontend.save",
+    "tune": ".frontend.tune",
     "render": ".codegen.render",
     "errors": ".runtime.errors",
     "settings": ".runtime.settings",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .frontend.report import Report as Report
     from .frontend.save import load as load
     from .frontend.save import save as save
+    from .frontend.tune import tune as tune
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canoni
 from . import attention, attention_parts, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
 from . import attention_lse, block_attention, block_lists, merge_attention  # isort: skip
 from . import block_scores, select_blocks  # isort: skip
+from . import gated_attention, group_attention  # isort: skip
 from . import add_layer_norm, add_rms_norm, linear_fused  # isort: skip
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "block_lists",
     "block_scores",
     "canonical",
+    "gated_attention",
     "gated_mlp",
+    "group_attention",
     "is_canonical",
     "layer_norm",
     "linear",
