@@ -126,6 +126,9 @@ class Builder:
         self.view = view
         self.before = before
         self.inserted: list[Node] = []
+        self.repeats = False
+        """Whether the same operations follow at other sites. Then each is inferred once per kind of call, and nodes may
+        share a fake tensor: for operations whose results nobody writes into."""
 
     def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Node:
         """Insert ``target(*args, **kwargs)``; shapes and dtypes are inferred by running it on fake tensors."""
@@ -175,7 +178,7 @@ class Builder:
         if mode is None:
             return None
         results, key = self.view.results, None
-        if canonical_ops.is_canonical(target):
+        if self.repeats or canonical_ops.is_canonical(target):
             region = self.view.autocast.get(self.before)
             key = (target, region, signature((args, tuple(sorted(kwargs.items())))))
         # torch 2.11 needs the Python dispatcher for composite operators on symbolic sizes.
@@ -186,6 +189,8 @@ class Builder:
                 results[key] = target(*args, **kwargs)
                 return results[key]
             result, replaced = results[key], value(self.before)
+            if self.repeats:
+                return result
             if isinstance(result, tuple | list):
                 return tuple(map(_alike, result))
             if isinstance(replaced, torch.Tensor) and layout(replaced) == layout(result):
