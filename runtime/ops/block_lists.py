@@ -20,6 +20,8 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 def block_lists(states: Tensor) -> tuple[Tensor, Tensor]:
     """counts (Bl, Hl, NQ) and indices (Bl, Hl, NQ, NK) from uint8 states (Bl, Hl, NQ, NK): see the module's text."""
+    # Kernels read the lists as contiguous, and what follows keeps the order of its input's strides.
+    states = states.contiguous()
     listed = states > EMPTY
     counts = listed.sum(-1, dtype=torch.int32)
     blocks = states.shape[-1]
