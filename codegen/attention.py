@@ -23,7 +23,7 @@ _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Lengths, numbers of heads and widths of lists are whatever the model has.
 _UNALIGNED = (
     *("q_len", "k_len", "q_heads", "bias_batch", "bias_heads"),
-    *("list_batch", "list_head", "width", "table_len"),
+    *("list_batch", "list_head", "width", "table_len", "splits"),
 )
 _TRITON = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "bool": "i1"}
 
@@ -136,6 +136,11 @@ class _AttentionSpec(KernelSpec):
     def with_tiles(self, tiles: Tiles) -> Self:
         return dataclasses.replace(self, **dataclasses.asdict(tiles))
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether tiles lie inside the blocks of the lists, as the Triton kernels need them to."""
+        return not self.lists or (self.block_m <= self.block_q and self.block_n <= self.block_k)
+
     def context(self, target: str) -> dict[str, Any]:
         mask = symbols.parse_mask(self.mask)
         printer = symbols.cpp_lanes_text if target == "cpp" else symbols.triton_text
@@ -210,6 +215,8 @@ class AttentionSpec(_AttentionSpec):
         "triton": "triton/attention_forward.py.jinja",
         "cpp": "cpp/attention_forward.cpp.jinja",
     }
+    split: ClassVar[bool] = False
+    """Whether several programs share the keys of a tile of queries, and a second kernel merges what they found."""
 
     def compile_entries(self) -> list[dict[str, Any]]:
         arguments = self._inputs() | {"out": f"*{_TRITON[self.dtype]}"}
@@ -230,9 +237,39 @@ class AttentionSpec(_AttentionSpec):
             (self.block_m, self.block_n, 8 if self.num_warps == 4 else 4, self.num_stages),
         ):
             variant = self.with_tiles(Tiles(m, n, warps, stages))
-            if variant not in variants and forward_bytes(variant, variant) <= max(forward_bytes(self, self), 64 * 1024):
+            fits = variant.in_blocks and forward_bytes(variant, variant) <= max(forward_bytes(self, self), 64 * 1024)
+            if variant not in variants and fits:
                 variants.append(variant)
         return variants
+
+    def for_few_queries(self) -> AttentionSplitSpec:
+        """The same function for few queries and many keys, as in decoding. Triton only."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(AttentionSpec)}
+        return AttentionSplitSpec(**(fields | {"block_m": 16, "num_warps": 4}))
+
+
+@dataclass(frozen=True)
+class AttentionSplitSpec(AttentionSpec):
+    """Forward for few queries, whose programs are too few for a GPU when each walks over all keys: several share them.
+
+    Dao et al., "Flash-Decoding for long-context inference" (2023): partial results are merged by their maxima and sums.
+    """
+
+    kind: ClassVar[str] = "attention_split"
+    templates: ClassVar[dict[str, str]] = {"triton": "triton/attention_forward.py.jinja"}
+    split: ClassVar[bool] = True
+
+    def compile_entries(self) -> list[dict[str, Any]]:
+        softmax = self.normalizer == "softmax"
+        parts = {"parts": "*fp32"} | ({"peaks": "*fp32", "totals": "*fp32"} if softmax else {})
+        ones = ("q_dim", "k_dim", "v_dim", "out_dim", "bias_col")
+        arguments = self._inputs() | parts | self._sizes() | {"splits": "i32"} | self._strides()
+        entries = [self._entry("attention_part", arguments, ones)]
+        arguments = parts | {"out": f"*{_TRITON[self.dtype]}"} | ({"lse": "*fp32"} if softmax else {})
+        arguments |= dict.fromkeys(("q_heads", "q_len", "splits"), "i32")
+        arguments |= {f"out_{d}": "i32" for d in ("batch", "head", "row", "dim")}
+        entries.append(self._entry("attention_merge", arguments, ones))
+        return entries
 
 
 @dataclass(frozen=True)
@@ -294,7 +331,7 @@ class AttentionBackwardSpec(_AttentionSpec):
             (max(16, self.block_m // 2), self.block_n, self.num_warps),
         ):
             variant = self.with_tiles(Tiles(m, n, warps, self.num_stages))
-            if variant not in variants:
+            if variant not in variants and variant.in_blocks:
                 variants.append(variant)
         return variants
 

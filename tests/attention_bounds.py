@@ -10,6 +10,8 @@ weights below the normal range are off by 2^-24 absolutely. A sum is bounded by 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -29,26 +31,43 @@ def double(tensor: Tensor | None) -> Tensor | None:
 
 
 class Expected:
-    """Output and gradients in float64, and their bounds, for the inputs of a kernel."""
+    """Output and gradients in float64, and their bounds, for the inputs of a kernel.
 
-    def __init__(self, inputs: list[Tensor | None], grad: Tensor, scale: float, mask: str, normalizer: str) -> None:
+    pairs: bool, broadcastable to (B, Hq, Lq, Lk): which pairs are visible besides what mask and bias say.
+    """
+
+    def __init__(
+        self,
+        inputs: list[Tensor | None],
+        grad: Tensor,
+        scale: float,
+        mask: str,
+        normalizer: str,
+        pairs: Tensor | None = None,
+    ) -> None:
         exact = [double(tensor) for tensor in inputs]
-        out = reference(*exact, scale=scale, mask=mask, normalizer=normalizer)
+        q, k, v, bias, shift = exact
+        if pairs is not None and bias is None:
+            bias = pairs
+        elif pairs is not None:
+            bias = bias & pairs if bias.dtype == torch.bool else torch.where(pairs, bias, float("-inf"))
+        out = reference(q, k, v, bias, shift, scale=scale, mask=mask, normalizer=normalizer)
         wanted = [tensor for tensor in exact if tensor is not None and tensor.dtype != torch.bool]
         found = iter(torch.autograd.grad(out, wanted, grad.double(), allow_unused=True))
         grads = [next(found) if t is not None and t.dtype != torch.bool else None for t in exact]
         self.out = out.detach()
         self.dq, self.dk, self.dv, self.dbias, self.dshift = grads
-        self._bound([None if t is None else t.detach() for t in exact], grad, scale, mask, normalizer, inputs[0].dtype)
+        inner = [None if t is None else t.detach() for t in exact]
+        self._bound(inner, grad, scale, mask, normalizer, inputs[0].dtype, pairs)
 
-    def _bound(self, exact, grad, scale, mask, normalizer, dtype) -> None:
+    def _bound(self, exact, grad, scale, mask, normalizer, dtype, pairs) -> None:
         q, k, v, bias, shift = exact
         group = q.shape[1] // k.shape[1]
         unit, tiny = UNIT[dtype], 2.0**-24 if dtype == torch.float16 else 0.0
         keys, values = (t.repeat_interleave(group, 1) for t in (k, v))
         scores = scale * q @ keys.mT
         size = scale * q.abs() @ keys.abs().mT
-        visible = torch.ones((), dtype=torch.bool)
+        visible = torch.ones((), dtype=torch.bool) if pairs is None else pairs
         if bias is not None and bias.dtype == torch.bool:
             visible = visible & bias
         elif bias is not None:
@@ -94,6 +113,24 @@ def close(name: str, found: Tensor, expected: Tensor, bound: Tensor) -> None:
     assert bool(ok.all()), (
         f"{name}: {int((~ok).sum())} of {ok.numel()} elements beyond the bound, worst {worst:.3g} of it"
     )
+
+
+def listed_pairs(
+    counts: Tensor, indices: Tensor, blocks: tuple[int, int], visible: Tensor, lengths: tuple[int, int]
+) -> Tensor:
+    """Which pairs block lists show, (B or 1, Hq or 1, Lq, Lk), entry by entry. visible: what the mask says of a pair,
+    broadcastable to that: it counts only where an entry is not full."""
+    (block_q, block_k), (q_len, k_len) = blocks, lengths
+    shape = torch.broadcast_shapes(counts.shape[:2], visible.shape[:-2])
+    seen = torch.zeros(*shape, q_len, k_len, dtype=torch.bool)
+    visible = visible.expand(*shape, q_len, k_len)
+    for b, h, i in itertools.product(range(shape[0]), range(shape[1]), range(counts.shape[2])):
+        row = (min(b, counts.shape[0] - 1), min(h, counts.shape[1] - 1), i)
+        for entry in indices[row][: int(counts[row])].tolist():
+            rows = slice(i * block_q, (i + 1) * block_q)
+            columns = slice(entry // 2 * block_k, (entry // 2 + 1) * block_k)
+            seen[b, h, rows, columns] = True if entry % 2 else visible[b, h, rows, columns]
+    return seen
 
 
 def make_inputs(
