@@ -83,6 +83,8 @@ def spec(
     )
 
 
+FEW_QUERIES, MANY_KEYS = 16, 1024
+"""So few queries of so many keys are too little work for a GPU when each program walks over all keys."""
 _DEVICES = {"triton": "cuda", "triton-interpret": "cpu", "cpp": "cpu"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -226,6 +228,8 @@ def _forward_kernel(
     """
     blocks = (block_q, block_k)
     chosen = spec(q, k, v, bias, shift, mask=mask, normalizer=normalizer, target=target, blocks=blocks)
+    if target != "cpp" and q.shape[2] <= FEW_QUERIES and k.shape[2] >= MANY_KEYS:
+        chosen = chosen.for_few_queries()
     return load_best(chosen, target, lambda: (q, k, v, bias, shift, scale, counts, indices, table)).launch
 
 
