@@ -4,7 +4,7 @@ from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canoni
 
 # Each module registers its op on import; a new op is one more file and one more name here.
 from . import attention, attention_parts, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
-from . import attention_lse, block_attention, block_lists, merge_attention  # isort: skip
+from . import attention_lse, block_attention, block_lists, block_states, merge_attention  # isort: skip
 from . import block_scores, select_blocks  # isort: skip
 from . import gated_attention, group_attention  # isort: skip
 from . import add_layer_norm, add_rms_norm, linear_fused  # isort: skip
@@ -22,6 +22,7 @@ __all__ = [
     "block_attention",
     "block_lists",
     "block_scores",
+    "block_states",
     "canonical",
     "gated_attention",
     "gated_mlp",
