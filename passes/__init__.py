@@ -1,21 +1,29 @@
 """The rewrites, one a file, and the classes users write their own with."""
 
 from .base import Builder, Decline, Exactness, NearMiss, Needs, Pass, Rewrite, SiteContext
+from .focus_attention import FocusAttention
+from .lm_infinite import LMInfinite
+from .routing_transformer import RoutingTransformer
 from .sigmoid_attention import SigmoidAttention
 from .two_pass_softmax import TwoPassSoftmax
 
 # Name on the command line -> pass. A new pass is one more file and one more line here.
-PASSES: dict[str, type[Pass]] = {cls.cli_name(): cls for cls in (TwoPassSoftmax, SigmoidAttention)}
+PASSES: dict[str, type[Pass]] = {
+    cls.cli_name(): cls for cls in (TwoPassSoftmax, SigmoidAttention, LMInfinite, FocusAttention, RoutingTransformer)
+}
 
 __all__ = [
     "PASSES",
     "Builder",
     "Decline",
     "Exactness",
+    "FocusAttention",
+    "LMInfinite",
     "NearMiss",
     "Needs",
     "Pass",
     "Rewrite",
+    "RoutingTransformer",
     "SigmoidAttention",
     "SiteContext",
     "TwoPassSoftmax",

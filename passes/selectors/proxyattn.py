@@ -27,8 +27,8 @@ class ProxyAttn(Selector):
         head i keeps the b_i best blocks of A of its group in every row
 
     Source: Wang, Huang, Bao, Wu, Wang, Zhu, Che, "ProxyAttn: Guided Sparse Attention via Representative Heads"
-    (ICLR 2026, arXiv:2509.24745), the method section. The paper and code (wyxstriker/ProxyAttn) could not be read in full here:
-    the equations are the paper's as public notes on it print them.
+    (ICLR 2026, arXiv:2509.24745), the method section, as public notes on it print its equations: paper and code
+    (wyxstriker/ProxyAttn) were not at hand.
 
     Deviations: the first and the diagonal block are always kept, within the budget; the last block's queries see what
     the site's own mask shows them; any mask, batch and length. The strided scores of the proxies, (queries / stride) x
