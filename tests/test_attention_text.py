@@ -19,10 +19,14 @@ from tilewright.codegen.attention import (
 )
 from tilewright.codegen.render import render
 from tilewright.codegen.spec import KernelSpec, SpecError
+from tilewright.codegen.symbols import mask_text
 from tilewright.runtime.cross_compile import cross_compile
 
 CAUSAL = "k_idx <= q_idx"
+END = mask_text("k_idx <= q_idx + k_len - q_len")
 WINDOW = "(k_idx <= q_idx) & (k_idx > q_idx - 256)"
+SINKS = mask_text("(k_idx <= q_idx) & ((k_idx < 4) | (k_idx > q_idx - 256))")
+DOCUMENTS = mask_text("(k_idx <= q_idx) & (table(q_idx) == table(k_idx))")
 
 GOLDEN = {
     "attention_forward_causal": AttentionSpec(dtype="bfloat16", mask=CAUSAL).with_tiles(Tiles(128, 64, 4, 3)),
@@ -37,6 +41,14 @@ GOLDEN = {
     "attention_backward_key_bias": AttentionBackwardSpec(
         bias="float32", bias_rows=False, grad_bias=True, grad_bias_rows=False, mask="(k_idx <= 3) | (k_idx > q_idx - 9)"
     ),
+    "attention_forward_ranges": AttentionSpec(dtype="bfloat16", mask=SINKS).with_tiles(Tiles(128, 64, 4, 3)),
+    "attention_forward_blocks": AttentionSpec(dtype="bfloat16", mask=DOCUMENTS, block_q=128, block_k=64),
+    "attention_backward_blocks": AttentionBackwardSpec(
+        dtype="bfloat16", mask=CAUSAL, block_q=64, block_k=64, bias="bfloat16", grad_bias=True, group=2
+    ),
+    "attention_split": AttentionSpec(dtype="bfloat16", mask=END, group=4)
+    .with_tiles(Tiles(128, 64, 4, 3))
+    .for_few_queries(),
 }
 
 
@@ -104,7 +116,23 @@ def test_loops_follow_the_mask():
     window = render(AttentionSpec(mask=WINDOW))
     assert "begin = first - 255" in window and window.count("for k_start in") == 3
     assert render(AttentionSpec()).count("for k_start in") == 2
-    assert render(AttentionSpec(mask="(k_idx <= 3) | (k_idx > q_idx - 9)")).count("for k_start in") == 1
+    assert render(AttentionSpec(mask="(k_idx > 4) | (q_idx * k_idx <= 9)")).count("for k_start in") == 1
+
+
+def test_several_ranges_are_one_loop_of_whole_tiles_and_one_of_ends():
+    text = render(AttentionSpec(mask=SINKS))
+    assert text.count("attend(acc, total, peak, queries") == 2 and "begin_1 = first - 255" in text
+    assert "begin_2" not in text and text.count("= in_order(") == 1
+    three = render(AttentionSpec(mask=mask_text(f"({SINKS}) | (q_idx < 3)")))
+    assert "begin_2" in three and three.count("= in_order(") == 3
+
+
+def test_lists_replace_limits_and_evaluate_the_mask_where_a_block_is_partial():
+    text = render(AttentionSpec(mask=CAUSAL, block_q=64, block_k=32))
+    assert "for step in" in text and "last + 1" not in text and "if (full == 0)" in text
+    assert "entry & 1" in text and "entry & 1" not in render(AttentionSpec(block_q=64, block_k=32))
+    assert "tiles_of_block" not in text and "tiles_of_block" in render(AttentionSpec(block_q=64, block_k=64))
+    assert all(spec.in_blocks for spec in AttentionBackwardSpec(block_q=64, block_k=32).candidates("triton"))
 
 
 def test_candidates_are_few_and_of_the_same_function():
@@ -119,12 +147,17 @@ def test_candidates_are_few_and_of_the_same_function():
 def shipped(head_dim: int, dtype: str, backward: bool, large: bool, **fields) -> AttentionSpec | AttentionBackwardSpec:
     cls = AttentionBackwardSpec if backward else AttentionSpec
     spec = cls(head_dim=head_dim, value_dim=head_dim, dtype=dtype, **fields)
-    return spec.with_tiles(default_tiles(head_dim, head_dim, dtype, backward=backward, large=large))
+    tiles = default_tiles(head_dim, head_dim, dtype, backward=backward, large=large)
+    block_q, block_k = spec.block_q or 256, spec.block_k or 256
+    return spec.with_tiles(
+        dataclasses.replace(tiles, block_m=min(tiles.block_m, block_q), block_n=min(tiles.block_n, block_k))
+    )
 
 
 # sm_80, sm_90 and sm_100 give a block over 160 KiB of shared memory; the others get the tiles for 64 KiB.
 LARGE = {"sm_80": True, "sm_90": True, "sm_100": True, "gfx942": False, "sm_89": False}
 RICH = {"normalizer": "sigmoid", "shift": True, "bias": "float32", "mask": WINDOW, "group": 2}
+BLOCKS = {"mask": DOCUMENTS, "block_q": 128, "block_k": 128}
 RICH_BACKWARD = RICH | {"grad_bias": True, "grad_shift": True}
 
 SOME = [
@@ -137,6 +170,9 @@ SOME = [
     (80, "float16", False, "sm_100", RICH),
     (16, "float16", True, "sm_100", RICH_BACKWARD),
     (256, "bfloat16", True, "sm_90", {}),
+    (128, "bfloat16", False, "sm_90", BLOCKS),
+    (64, "bfloat16", True, "sm_80", BLOCKS),
+    (64, "float16", False, "gfx942", {"mask": SINKS}),
 ]
 
 
@@ -172,6 +208,36 @@ def test_every_head_dim_cross_compiles(head_dim, dtype, target, rich):
     for backward in (False, True):
         fields = (RICH_BACKWARD if backward else RICH) if rich else {"mask": CAUSAL}
         cross_compile(render(shipped(head_dim, dtype, backward, LARGE[target], **fields)), target)
+
+
+SPARSE = {
+    "ranges": {"mask": SINKS, "group": 4},
+    "four_ranges": {"mask": mask_text(f"({SINKS}) | (q_idx < 3) | (k_idx == q_idx + 5)")},
+    "blocks": BLOCKS | {"group": 4},
+    "uneven": BLOCKS | {"block_q": 16, "block_k": 256, "bias": "bool"},
+    "rich": RICH | {"mask": DOCUMENTS, "block_q": 64, "block_k": 64},
+}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("target", LARGE)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, "bfloat16"), (128, "bfloat16"), (256, "float16"), (64, "float32")]
+)
+def test_sparse_kernels_cross_compile(head_dim, dtype, target, kind):
+    for backward in (False, True):
+        rich = {"grad_bias": True, "grad_shift": True} if backward and kind == "rich" else {}
+        spec = shipped(head_dim, dtype, backward, LARGE[target], **SPARSE[kind], **rich)
+        cross_compile(render(spec), target)
+        if not backward:
+            cross_compile(render(spec.for_few_queries()), target)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_for_few_queries_cross_compile(target):
+    spec = shipped(128, "bfloat16", False, LARGE[target], mask=END, group=4).for_few_queries()
+    assert [info.kernel for info in cross_compile(render(spec), target)] == ["attention_part", "attention_merge"]
 
 
 @pytest.mark.slow
