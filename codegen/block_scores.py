@@ -23,7 +23,8 @@ class BlockScoresSpec(KernelSpec):
 
     dtype: of q and k. mask: canonical text of codegen/symbols.py, without a table. block_k: keys in a block, which
         decides how a Triton tile is laid out; 0 in native kernels, which take any.
-    block_m, block_n, block_c: queries, keys and channels in a tile of a Triton kernel. num_warps: its warps.
+    block_m, block_n, block_c: queries, keys and channels in a tile of a Triton kernel. num_warps, num_stages: its launch
+        options.
     """
 
     kind: ClassVar[str] = "block_scores"
@@ -39,6 +40,7 @@ class BlockScoresSpec(KernelSpec):
     block_n: int = 64
     block_c: int = 64
     num_warps: int = 4
+    num_stages: int = 3
 
     def check(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
@@ -48,6 +50,8 @@ class BlockScoresSpec(KernelSpec):
         for name in ("block_m", "block_n", "block_c"):
             require_power_of_two(name, getattr(self, name), 16, 256)
         require_power_of_two("num_warps", self.num_warps, 1, 16)
+        stages = self.num_stages
+        require(isinstance(stages, int) and 1 <= stages <= 5, f"num_stages is {stages}, but must be 1 to 5")
         mask = symbols.parse_mask(self.mask)
         require(mask != sympy.false, f"mask is {self.mask!r}, which hides every pair")
         require("table(" not in self.mask, f"mask is {self.mask!r}, and block scores have no table to look up")
@@ -91,8 +95,10 @@ class BlockScoresSpec(KernelSpec):
                 "signature": {name: "constexpr" if name in ones else kind for name, kind in types.items()},
                 "constexprs": {name: 1 for name in types if name in ones},
                 "num_warps": self.num_warps,
-                "num_stages": 1,
-                "unaligned": [name for name, kind in types.items() if kind == "i32" and name not in steps],
+                "num_stages": self.num_stages,
+                "unaligned": [
+                    name for name, kind in types.items() if kind == "i32" and name not in (*steps, "channels")
+                ],
             }
             for kernel, types in (("piece_sums", sums), ("block_sums", together))
         ]

@@ -232,7 +232,7 @@ def _spec(blocks: int, budget: bool, target: str) -> SelectBlocksSpec:
     capacity = max(16, 1 << (blocks - 1).bit_length())
     if capacity > MAX_CAPACITY:
         raise UnsupportedKernel(f"a row has {blocks} blocks, and a triton program holds {MAX_CAPACITY}")
-    return SelectBlocksSpec(capacity, budget, num_warps=1 if capacity <= 256 else 4 if capacity <= 2048 else 8)
+    return SelectBlocksSpec(capacity, budget, num_warps=1 if capacity <= 256 else 4 if capacity <= 2048 else 16)
 
 
 LIBRARY.define(
