@@ -36,19 +36,22 @@ class FocusAttention(Pass):
 
         S_ic = normalise(W h_i) . normalise(C_c)               h: hidden states, C: (groups, channels) centroids
         g    = Sinkhorn(S / temperature)                       a token sums to one, every group weighs the same
-        visible(i, j) = mask(i, j) and (|i - j| <= window or top_keep(g_i) and top_keep(g_j) have a group in common)
+        visible(i, j) = mask(i, j) and (|i - j| <= window or j < sinks
+                                        or top_keep(g_i) and top_keep(g_j) have a group in common)
 
     Source: "Why Attend to Everything? Focus is the Key" (Yao et al. 2026, arXiv 2604.03260), section 2 and appendix D.
     W and C start at random: ``tilewright.tune(compiled, data, parameters="centroids")`` trains them and nothing else,
     with soft gates (``gate``); what runs outside of tuning is the hard choice above, exactly: distant pairs on tokens
     sorted by group with block lists, window pairs with closed-form limits, joined by their log-sum-exps.
 
-    Deviations from the paper. (1) W h and C are normalised, so that ``temperature`` means the same on every model. (2)
-    Where the hidden states cannot be traced back from the values, the values of all heads stand for them. (3) The two
-    attentions split the pairs into distant and near, not into same group and cross-group window: the same union, and
-    the window has closed-form limits. (4) ``gate="weight"`` and ``balance="running"`` are ours. The paper's own gate,
-    ``"score"`` (equation 2), leaves a factor of one half on scores of pairs that the hard choice then drops, so it
-    trains another function than it runs; ``"weight"`` trains what runs.
+    Deviations from the paper. (1) W h and C are normalised, so that ``temperature`` means the same on every model.
+    (2) Where the hidden states cannot be traced back from the values, the values of all heads stand for them. (3) The
+    two attentions split the pairs into distant and near, not into same group and cross-group window: the same union,
+    and the window has closed-form limits. (4) The first ``sinks`` tokens are visible to all, without which models
+    that park attention there (most do) fall apart under any window: docs/learned_selection.md; 0 is the paper's. (5)
+    ``gate="weight"`` and ``balance="running"`` are ours. The paper's own gate, ``"score"`` (equation 2), leaves a
+    factor of one half on scores of pairs that the hard choice then drops, so it trains another function than it runs;
+    ``"weight"`` trains what runs.
 
     **Sinkhorn looks ahead.** It balances each group over the whole sequence, so a token's groups depend on later
     tokens, and a causal model's perplexity under ``balance="sequence"`` (the paper's) is not one it could reach token
@@ -57,10 +60,10 @@ class FocusAttention(Pass):
 
     Quality: another function; the report tells each site's error, docs/learned_selection.md the measurements.
 
-    groups, keep: number of groups, and how many each token belongs to. window: how far tokens always see each other, to
-    each side. channels: of the space in which tokens meet centroids (16 suffice in the paper). temperature,
-    iterations: Sinkhorn's. gate: how pairs are softened while tuning. steepness: of the ``score`` gate; the paper
-    does not tell its own. balance: see above. block_size: of the block lists. seed: of the random start.
+    groups, keep: number of groups, and how many each token belongs to. window: how far tokens always see each other,
+    to each side. sinks: see above. channels: of the space in which tokens meet centroids (16 suffice in the paper).
+    temperature, iterations: Sinkhorn's. gate: how pairs are softened while tuning. steepness: of the ``score`` gate;
+    the paper does not tell its own. balance: see above. block_size: of the block lists. seed: of the random start.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -70,6 +73,7 @@ class FocusAttention(Pass):
     groups: int = 4
     keep: int = 2
     window: int = 128
+    sinks: int = 4
     channels: int = 16
     temperature: float = 0.1
     iterations: int = 10
@@ -80,7 +84,7 @@ class FocusAttention(Pass):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"groups": 1, "keep": 1, "window": 0, "channels": 1, "iterations": 1}
+        least = {"groups": 1, "keep": 1, "window": 0, "sinks": 0, "channels": 1, "iterations": 1}
         for name, low in least.items():
             got = getattr(self, name)
             if not isinstance(got, int) or isinstance(got, bool) or got < low:
@@ -112,6 +116,7 @@ class FocusAttention(Pass):
             "groups": self.groups,
             "keep": self.keep,
             "window": self.window,
+            "sinks": self.sinks,
             "distant_pairs_at_random": round(_share(self.groups, self.keep), 3),
         }
         return Rewrite(lambda b: self._hard(b, site), details, training=lambda b: self._soft(b, site))
@@ -119,7 +124,7 @@ class FocusAttention(Pass):
     def _log_groups(self, builder: Builder, site: SiteContext, training: bool) -> Node:
         """log g (B, L, groups), float32."""
         features, width = token_features(builder, site.arg("v"))
-        generator = torch.Generator().manual_seed(_site_seed(self.seed, site.site.id))
+        generator = torch.Generator().manual_seed(site_seed(self.seed, site.site.id))
         device, dtype = value(features).device, value(features).dtype
         start = [torch.randn(n, self.channels, generator=generator) for n in (width, self.groups)]
         names = (f"{site.site.id}_focus_projection", f"{site.site.id}_focus_centroids")
@@ -165,6 +170,7 @@ class FocusAttention(Pass):
             keep=self.keep,
             gate=self.gate,
             steepness=float(self.steepness),
+            sinks=self.sinks,
         )
 
     def _hard(self, builder: Builder, site: SiteContext) -> Node:
@@ -174,7 +180,9 @@ class FocusAttention(Pass):
         named = arguments(site.node)
         mask = own_mask(named["mask"])
         sizes = {"block_q": self.block_size, "block_k": self.block_size}
-        states = builder.call(HELPERS["group_states"], members, order, mask=mask, window=self.window, **sizes)
+        states = builder.call(
+            HELPERS["group_states"], members, order, mask=mask, window=self.window, **sizes, sinks=self.sinks
+        )
         lists = builder.call(HELPERS["block_lists"], states)
         counts, indices = (builder.call(operator.getitem, lists, i) for i in range(2))
         q, k, v, bias = (named[name] for name in ("q", "k", "v", "bias"))
@@ -188,7 +196,7 @@ class FocusAttention(Pass):
             sorted_bias,
             table,
             scale=named["scale"],
-            mask=symbols.mask_text(group_mask(mask, self.groups, self.keep, self.window)),
+            mask=symbols.mask_text(group_mask(mask, self.groups, self.keep, self.window, self.sinks)),
             **sizes,
         )
         near = builder.call(
@@ -198,7 +206,7 @@ class FocusAttention(Pass):
             v,
             bias,
             scale=named["scale"],
-            mask=symbols.mask_text(window_mask(mask, self.window)),
+            mask=symbols.mask_text(window_mask(mask, self.window, self.sinks)),
         )
         back = [builder.call(HELPERS["take_tokens"], builder.call(operator.getitem, far, i), inverse) for i in range(2)]
         ends = [builder.call(operator.getitem, near, i) for i in range(2)]
@@ -240,7 +248,7 @@ def _share(groups: int, keep: int) -> float:
     return 1.0 - math.comb(groups - keep, keep) / math.comb(groups, keep)
 
 
-def _site_seed(seed: int, site: str) -> int:
+def site_seed(seed: int, site: str) -> int:
     """Another start at every site, the same in every process."""
     number = seed
     for byte in site.encode():

@@ -6,7 +6,7 @@ from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canoni
 from . import attention, attention_parts, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
 from . import attention_lse, block_attention, block_lists, block_states, merge_attention  # isort: skip
 from . import block_scores, select_blocks  # isort: skip
-from . import gated_attention, group_attention  # isort: skip
+from . import gated_attention, group_attention, routed_attention  # isort: skip
 from . import add_layer_norm, add_rms_norm, linear_fused  # isort: skip
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "merge_attention",
     "rms_norm",
     "rope",
+    "routed_attention",
     "select_blocks",
     "softmax",
     "visible_keys",

@@ -76,10 +76,12 @@ def gated_attention(
     keep: int,
     gate: str,
     steepness: float,
+    sinks: int = 0,
 ) -> Tensor:
     """(B, Hq, L, Dv) in q's dtype; q (B, Hq, L, D), k (B, Hk, L, D), v (B, Hk, L, Dv), log_g (B, L, K), bias bool.
 
-    Pairs at most ``window`` apart attend in full. A distant pair's gate, with g = exp(log_g):
+    Pairs at most ``window`` apart, and with one of the first ``sinks`` keys, attend in full. A distant pair's gate,
+    with g = exp(log_g):
 
     - ``score``: its score is multiplied by sigmoid(steepness * g_i.g_j), the paper's equation 2;
     - ``weight``: it counts when both tokens keep a common one of their ``keep`` likeliest groups, as at inference;
@@ -92,7 +94,7 @@ def gated_attention(
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     length = q.shape[2]
     place = torch.arange(length, device=q.device)
-    near = (place[:, None] - place).abs() <= window
+    near = ((place[:, None] - place).abs() <= window) | (place < sinks)
     g = log_g.to(compute).exp()
     if gate == "score":
         factor = torch.sigmoid(steepness * (g @ g.transpose(-1, -2)))
@@ -113,6 +115,6 @@ def gated_attention(
 
 GATED_ATTENTION = helper(
     "gated_attention(Tensor q, Tensor k, Tensor v, Tensor log_g, Tensor? bias=None, *, float scale, str mask, "
-    "int window, int keep, str gate, float steepness) -> Tensor",
+    "int window, int keep, str gate, float steepness, int sinks=0) -> Tensor",
     gated_attention,
 )

@@ -1,8 +1,8 @@
 """Helpers of attention inside groups of tokens: Sinkhorn-balanced groups, tokens sorted by group, tile states.
 
 Two tokens may attend to each other when they share a kept group and are further apart than a window; pairs inside the
-window belong to a second attention, and ``merge_attention`` joins the two. Tokens are sorted by their set of groups, so
-that whole tiles are empty, and what a tile's pairs may see is read from one int32 table:
+window, or with a sink, belong to a second attention, and ``merge_attention`` joins the two. Tokens are sorted by their
+set of groups, so that whole tiles are empty, and what a tile's pairs may see is read from one int32 table:
 
     compatible    N * N      entry (a, b) is 1 when the sets of groups a and b have one in common
     per batch     2 * L      the position of each sorted token, then the number of its set of groups
@@ -79,7 +79,7 @@ def group_order(members: Tensor, *, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, order.argsort(dim=-1), table
 
 
-def group_mask(mask: str, groups: int, keep: int, window: int) -> str:
+def group_mask(mask: str, groups: int, keep: int, window: int, sinks: int = 0) -> str:
     """The mask of distant pairs over sorted tokens: the site's own ``mask`` at their positions, and a common group."""
     count = math.comb(groups, keep)
     row = f"{count * count} + batch * (2 * q_len)"
@@ -90,6 +90,8 @@ def group_mask(mask: str, groups: int, keep: int, window: int) -> str:
     if mask != CAUSAL:
         far = f"(({far}) | ({distance} < {-window}))"
     terms = [f"({far})", f"(table({count} * {sets['q_idx']} + {sets['k_idx']}) > 0)"]
+    if sinks:
+        terms.append(f"({place['k_idx']} >= {sinks})")
     if mask not in ("", CAUSAL):
         own = mask
         for side, text in place.items():
@@ -98,25 +100,30 @@ def group_mask(mask: str, groups: int, keep: int, window: int) -> str:
     return " & ".join(terms)
 
 
-def window_mask(mask: str, window: int) -> str:
-    """The pairs of ``mask`` at most ``window`` apart."""
+def window_mask(mask: str, window: int, sinks: int = 0) -> str:
+    """The pairs of ``mask`` at most ``window`` apart, and those with one of the first ``sinks`` keys."""
     near = f"(q_idx - k_idx <= {window})"
     if mask != CAUSAL:
         near += f" & (k_idx - q_idx <= {window})"
+    if sinks:
+        near = f"({near} | (k_idx < {sinks}))"
     return f"({mask}) & {near}" if mask else near
 
 
 CAUSAL = "k_idx <= q_idx"
 
 
-def group_states(members: Tensor, order: Tensor, *, mask: str, window: int, block_q: int, block_k: int) -> Tensor:
+def group_states(
+    members: Tensor, order: Tensor, *, mask: str, window: int, block_q: int, block_k: int, sinks: int = 0
+) -> Tensor:
     """uint8 states (B, 1, NQ, NK) of the tiles of :func:`group_mask` over sorted tokens.
 
     Empty is exact for a causal or empty ``mask`` and an upper bound for others; full is stated where one common group
     of all tokens of both blocks shows it.
     """
     members = members.gather(1, order[..., None].expand_as(members))
-    q, k = _extent(members, order, block_q), _extent(members, order, block_k)
+    keys = members & (order >= sinks)[..., None] if sinks else members  # sinks are nobody's distant keys
+    q, k = _extent(members, order, block_q), _extent(keys, order, block_k)
     causal = mask == CAUSAL
     visible = full = None
     for group in range(members.shape[-1]):
@@ -169,7 +176,8 @@ SINKHORN = helper("sinkhorn(Tensor scores, *, float temperature, int iterations)
 KEPT_GROUPS = helper("kept_groups(Tensor log_g, *, int keep) -> Tensor", kept_groups)
 GROUP_ORDER = helper("group_order(Tensor members, *, int keep) -> (Tensor, Tensor, Tensor)", group_order)
 GROUP_STATES = helper(
-    "group_states(Tensor members, Tensor order, *, str mask, int window, int block_q, int block_k) -> Tensor",
+    "group_states(Tensor members, Tensor order, *, str mask, int window, int block_q, int block_k, int sinks=0) "
+    "-> Tensor",
     group_states,
 )
 TAKE_TOKENS = helper("take_tokens(Tensor x, Tensor order, *, int dim=2) -> Tensor", take_tokens)
