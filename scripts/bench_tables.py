@@ -1,16 +1,17 @@
 """Write what the benchmarks measured into the pages, from the JSON files of benchmarks/results and from nothing else.
 
-``python scripts/bench_tables.py`` rewrites the table in README.md, the whole tables in docs/benchmarks.md and the
-pictures in docs/benchmarks/; ``--check`` only says whether the pages are up to date. A table stands between
-``<!-- table: NAME -->`` and ``<!-- end: NAME -->``, as those of doc_tables.py do.
+``python scripts/bench_tables.py`` rewrites the table in README.md, the whole tables in docs/benchmarks.md, those of
+docs/block_sparse.md and the pictures in docs/benchmarks/; ``--check`` only says whether the pages are up to date. A
+table stands between ``<!-- table: NAME -->`` and ``<!-- end: NAME -->``, as those of doc_tables.py do.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tilewright.benchmarks import harness, plots, record, tables
+from tilewright.benchmarks import harness, plots, record, sparse_pages, tables
 from tilewright.benchmarks.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from doc_tables import updated  # noqa: E402
 
 DEVICES = ("cpu", "cuda")
+STUDY = RESULTS / "quality" / "block_sparse.json"
+QUALITY = PICTURES / "block_sparse_quality.png"
+NONE_YET = "The study has not been run: `python -m tilewright.benchmarks.sparse_quality --work DIR --output FILE`."
 NONE = "No run is on file yet: `tilewright bench SUITE` makes one."
 
 
@@ -72,7 +76,32 @@ def picture_name(run: Record) -> str:
     return f"{run.suite}.png"
 
 
-TABLES = {"benchmarks": (ROOT / "README.md", headline), "results": (ROOT / "docs" / "benchmarks.md", whole)}
+def _sparse(make: Callable[[Record], str]) -> Callable[[list[Record]], str]:
+    """A table of the block_sparse suite's newest run."""
+
+    def table(found: list[Record]) -> str:
+        run = next((run for run in found if run.suite == "block_sparse"), None)
+        return NONE if run is None else f"{make(run)}\n\nMeasured on: {tables.conditions(run)}."
+
+    return table
+
+
+def quality(found: list[Record]) -> str:
+    """docs/block_sparse.md: what the study of quality found."""
+    study = sparse_pages.read(STUDY)
+    return NONE_YET if study is None else f"{sparse_pages.quality(study)}\n\n![quality](benchmarks/{QUALITY.name})"
+
+
+SPARSE = ROOT / "docs" / "block_sparse.md"
+TABLES = {
+    "benchmarks": (ROOT / "README.md", headline),
+    "results": (ROOT / "docs" / "benchmarks.md", whole),
+    "sparse-quality": (SPARSE, quality),
+    "sparse-static": (SPARSE, _sparse(sparse_pages.static_table)),
+    "sparse-lists": (SPARSE, _sparse(sparse_pages.lists_table)),
+    "sparse-selectors": (SPARSE, _sparse(sparse_pages.selector_table)),
+    "sparse-long": (SPARSE, _sparse(sparse_pages.long_table)),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -89,6 +118,8 @@ def main(arguments: list[str]) -> int:
         for run in found:
             if run.suite in known:
                 plots.draw(run, known[run.suite], PICTURES)
+        if (study := sparse_pages.read(STUDY)) is not None:
+            sparse_pages.draw(study, QUALITY)
     if stale:
         print(f"{'out of date' if check else 'rewritten'}: {', '.join(stale)}")
     return 1 if stale and check else 0
