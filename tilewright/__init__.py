@@ -30,6 +30,7 @@ _PUBLIC = {
     "render": ".codegen.render",
     "errors": ".runtime.errors",
     "settings": ".runtime.settings",
+    "mask": ".runtime.mask",
 }
 _STAGES = ("frontend", "passes", "runtime", "codegen")
 
@@ -50,7 +51,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name in _PUBLIC:
         module = importlib.import_module(_PUBLIC[name], __name__)
-        value = module if name in ("errors", "settings") else getattr(module, name)
+        value = module if name in ("errors", "mask", "settings") else getattr(module, name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
