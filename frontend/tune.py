@@ -121,6 +121,7 @@ def tune(
     kind = getattr(optimizer, "__name__", type(optimizer).__name__)
     run.settings = {
         "parameters": {name: list(t.shape) for name, t in graph.tensors.items()},
+        "passes": [repr(one) for one in compiled.options.passes],
         "lr": lr,
         "accumulate": accumulate,
         "optimizer": [kind, repr(sorted((optimizer_options or {}).items()))],

@@ -37,6 +37,8 @@ def hidden_states(v: Node) -> Node | None:
     The way back leads through reshapes, transposes and splits only, so a token of the one is a token of the other.
     """
     batch, _, length, _ = value(v).shape
+    if same_size(batch, length):  # a layout with the length first would pass for one with the batch first
+        return None
     node: Any = v
     while isinstance(node, Node) and _name(node) not in _PROJECTIONS:
         if _name(node) not in _MOVES and getattr(node.target, "__name__", "") != "getitem":

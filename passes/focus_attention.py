@@ -56,7 +56,7 @@ class FocusAttention(Pass):
     **Sinkhorn looks ahead.** It balances each group over the whole sequence, so a token's groups depend on later
     tokens, and a causal model's perplexity under ``balance="sequence"`` (the paper's) is not one it could reach token
     by token. ``"running"`` balances with per-group offsets averaged while tuning (decay 0.9): nothing looks ahead, and
-    any length, batch and decoding step gives the same groups.
+    a token gets the same groups in any length and batch. Padding counts as tokens under ``"sequence"``.
 
     Quality: another function; the report tells each site's error, docs/learned_selection.md the measurements.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tilewright as tw
+from tilewright.frontend.tune import language_model_loss
 from tilewright.passes import Exactness, Pass, Rewrite
 from tilewright.passes.focus_attention import FocusAttention
 from tilewright.passes.routing_transformer import RoutingTransformer
@@ -106,11 +106,8 @@ def test_resume_after_a_kill_changes_nothing(tmp_path: Path, dropout: float) -> 
         calls.append(1)
         if len(calls) == 11:
             raise KeyboardInterrupt
-        return tune_loss(output, batch)
+        return language_model_loss(output, batch)
 
-    tune_loss: Callable[..., Tensor] = __import__(
-        "tilewright.frontend.tune", fromlist=["language_model_loss"]
-    ).language_model_loss
     with pytest.raises(KeyboardInterrupt):
         tw.tune(make(), DATA, "centroids", checkpoint=folder, loss=dies, **options)
     assert json.loads((folder / "checkpoint.json").read_text())["progress"]["step"] == 3
@@ -195,7 +192,7 @@ def test_arguments_that_make_no_sense() -> None:
     with pytest.raises(errors.BadArgument, match=r"what tilewright\.compile\(\) returned, not a Tiny"):
         tw.tune(Tiny(), DATA, "centroids")
     with pytest.raises(errors.BadArgument, match="nor any others"):
-        tw.tune(tw.compile(Tiny(), example_inputs=(DATA[0],), rest="eager"), DATA, "centroids")
+        tw.tune(tw.compile(Tiny(), example_inputs=(DATA[0],), target="reference", rest="eager"), DATA, "centroids")
     with pytest.raises(errors.BadArgument, match="compile it with example_inputs"):
         tw.tune(tw.compile(Tiny(), passes=[FOCUS]), DATA, "centroids")
 
@@ -251,7 +248,10 @@ def test_running_means_without_gradients() -> None:
     assert len(moved) == 1 and float(moved[0].abs().max()) > 0
 
 
-def test_bar_and_log(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_bar_and_log(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws bars on terminals only
     compiled = compiled_of()
     with caplog.at_level("INFO", logger="tilewright.tune"):
         tw.tune(compiled, DATA, "centroids", steps=2, check_every=1, progress=True)
