@@ -156,7 +156,22 @@ def test_gpu_attention_computes_the_same_on_the_interpreter(backward: bool, norm
 def test_gpu_window_is_the_mask() -> None:
     case = gpu_attention.Shape("window", 1, 1, 20, window=5)
     rows, columns = torch.arange(20)[:, None], torch.arange(20)
-    assert int(case.visible(rows, columns).sum()) == attention.pairs(20, True, 5)
+    assert int(case.static(20).visible(rows, columns).sum()) == attention.pairs(20, True, 5) == case.pairs
+
+
+@pytest.mark.parametrize(("pattern", "backward"), [("sinks", False), ("documents", True)])
+def test_gpu_masks_and_lists_compute_the_same_on_the_interpreter(pattern: str, backward: bool) -> None:
+    case = gpu_attention.Shape("small", 1, 1, 37, 16, dtype=FLOAT32, pattern=pattern)
+    one = gpu_attention.problem(case, backward, "cpu", "triton-interpret")
+    names = ["ours"] if pattern == "documents" else ["ours", "ours lists"]
+    assert [c.name for c in one.contenders] == [*names, "flex"]
+    right(one, *names)
+
+
+def test_gpu_lists_compute_the_same_on_the_interpreter() -> None:
+    one = gpu_attention.lists_problem(300, 1, 50, 16, "cpu", "triton-interpret")
+    right(dataclasses.replace(one, contenders=one.contenders[:1]), "ours")
+    assert {case.name for case in gpu_attention.cases()} >= {"sinks-128k/backward", "xattention-32k/forward"}
 
 
 # Models

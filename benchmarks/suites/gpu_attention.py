@@ -3,6 +3,11 @@
 Times are device events around one call, the L2 cache flushed before. The floor is the time of the products that the
 mask leaves: a visible pair counts 4 D operations forward and 10 D backward (five products, the scores computed again).
 Sigmoid has no peer in torch: there SDPA's softmax is timed beside it, for scale only, and checked as softmax.
+
+Masks of block_sparse.py (window, sinks and window, packed documents) run beside FlexAttention with the same block mask,
+made before. ``ours`` computes its ranges in the kernel; ``ours lists`` reads block lists, made before as well, and so
+does ``ours`` for documents. Random lists of some share of the causal tiles run beside SDPA's dense causal attention,
+and so do selectors, their choice of blocks included.
 """
 
 from __future__ import annotations
@@ -18,19 +23,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime.ops import attention as ops
+from ...runtime.ops.block_lists import block_lists
 from ..harness import Case, Contender, Problem, Suite
 from ..machine import dtype_name
 from ..measure import Call
 from ..peers import inductor
 from ..record import Kind
+from . import block_sparse
 from .attention import BOUND, CAUSAL, Sample, pairs, projected
+from .block_sparse import BLOCK, Static
 
 CHECKED = 1000  # tokens of the problem that gradients are compared on; no multiple of a tile
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Self-attention of ``length`` tokens. window: keys that a query sees, 0 for no limit (needs causal)."""
+    """Self-attention of ``length`` tokens. window: keys that a query sees, 0 for no limit (needs causal). pattern: in
+    place of both, a mask of block_sparse.py by its name."""
 
     name: str
     batch: int
@@ -42,16 +51,35 @@ class Shape:
     causal: bool = True
     window: int = 0
     normalizer: str = "softmax"
+    pattern: str = ""
 
     @property
     def mask(self) -> str:
-        if self.window:
-            return f"(k_idx <= q_idx) & (k_idx > q_idx - {self.window})"
-        return CAUSAL if self.causal else ""
+        return self.static(self.length).text
 
-    def visible(self, row: Tensor, column: Tensor) -> Tensor:
-        inside = column <= row
-        return inside & (column > row - self.window) if self.window else inside
+    def static(self, length: int, device: str = "cpu") -> Static:
+        """The mask over ``length`` tokens, its table on the device."""
+        if self.pattern:
+            one = block_sparse.static(self.pattern, length)
+            if one.table is None:
+                return one
+            ids = one.table.to(device)
+            return Static(one.text, lambda row, column: (column <= row) & (ids[row] == ids[column]), ids)
+        if self.window:
+            text = f"(k_idx <= q_idx) & (k_idx > q_idx - {self.window})"
+            return Static(text, lambda row, column: (column <= row) & (column > row - self.window))
+        return Static(CAUSAL if self.causal else "", lambda row, column: column <= row)
+
+    @property
+    def pairs(self) -> int:
+        if self.pattern:
+            return block_sparse.visible_pairs(self.pattern, self.length)
+        return pairs(self.length, self.causal, self.window)
+
+    @property
+    def dense(self) -> bool:
+        """Whether SDPA computes it without a mask in memory."""
+        return not self.window and not self.pattern
 
 
 SHAPES = (
@@ -69,7 +97,13 @@ SHAPES = (
     Shape("sigmoid-causal-4k-64", 4, 32, 4096, dim=64, normalizer="sigmoid"),
     Shape("sigmoid-full-4k", 4, 16, 4096, causal=False, normalizer="sigmoid"),
 )
-QUICK = ("causal-4k", "window-1k-of-16k", "sigmoid-causal-4k")
+SHAPES += (Shape("causal-64k", 1, 16, 65536), Shape("causal-128k", 1, 8, 131072))
+SHAPES += tuple(
+    Shape(f"{pattern}-{length // 1024}k", batch, heads, length, pattern=pattern)
+    for pattern in ("window", "sinks", "documents")
+    for length, batch, heads in ((4096, 4, 16), (16384, 1, 16), (65536, 1, 16), (131072, 1, 8))
+)
+QUICK = ("causal-4k", "window-1k-of-16k", "sigmoid-causal-4k", "sinks-16k", "documents-16k", "lists-32k-12%")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -79,12 +113,27 @@ def inputs(case: Shape, batch: int, length: int, device: str) -> list[Tensor]:
     return [projected(batch, h, length, case.dim, case.dtype, device).requires_grad_() for h in heads]
 
 
-def ours(case: Shape, length: int, device: str, target: str) -> Attention:
+def ours(case: Shape, length: int, device: str, target: str, lists: bool = False) -> Attention:
+    """lists: by block lists, made before, in place of ranges; a mask that looks a table up has no other way."""
     shift = torch.full((1,), -math.log(length), device=device) if case.normalizer == "sigmoid" else None
-    options: dict[str, Any] = {"scale": case.dim**-0.5, "mask": case.mask, "normalizer": case.normalizer}
+    mask = case.static(length, device)
+    options: dict[str, Any] = {"scale": case.dim**-0.5, "mask": mask.text, "normalizer": case.normalizer}
+    if lists or mask.table is not None:
+        empty = torch.empty(1, 1, length, 0, device=device)
+        found = block_sparse.lists_of(empty, empty, mask.text, mask.table)
+        return listed(found, options, mask.table, target)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.ops.tilewright.attention(q, k, v, None, shift, **options, target=target)
+
+    return call
+
+
+def listed(lists: tuple[Tensor, Tensor], options: dict[str, Any], table: Tensor | None, target: str) -> Attention:
+    blocks = {"block_q": BLOCK, "block_k": BLOCK}
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.tilewright.block_attention(q, k, v, *lists, table=table, **options, **blocks, target=target)
 
     return call
 
@@ -106,9 +155,9 @@ def sdpa(case: Shape) -> Attention:
 def flex(case: Shape, length: int, device: str) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled, block = inductor(flex_attention), None
-    if case.mask:
-        block = create_block_mask(lambda b, h, q, k: case.visible(q, k), None, None, length, length, device=device)
+    compiled, block, mask = inductor(flex_attention), None, case.static(length, device)
+    if mask.text:
+        block = create_block_mask(lambda b, h, q, k: mask.visible(q, k), None, None, length, length, device=device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return compiled(q, k, v, block_mask=block, enable_gqa=bool(case.key_heads))
@@ -133,16 +182,18 @@ def problem(case: Shape, backward: bool, device: str = "cuda", target: str = "tr
     makers: dict[str, tuple[Kind, Callable[[int], Attention]]] = {
         "ours": (Kind.OURS, lambda length: ours(case, length, device, target))
     }
-    if not case.window:
+    if case.pattern and case.static(1).table is None:
+        makers["ours lists"] = (Kind.OURS, lambda length: ours(case, length, device, target, lists=True))
+    if case.dense:
         # Beside sigmoid it computes another function: there it is timed for scale only.
         kind = Kind.PEER if case.normalizer == "softmax" else Kind.CONTEXT
         makers["sdpa"] = (kind, lambda length: sdpa(case))
     if case.normalizer == "softmax":
         makers["flex"] = (Kind.PEER, lambda length: flex(case, length, device))
-    visible = case.visible if case.causal else None
+    visible = case.static(case.length, device).visible if case.causal else None
     q, k, v = (t.detach() for t in args)
     sample = Sample(q, k, v, visible)
-    products = case.batch * case.heads * case.dim * pairs(case.length, case.causal, case.window)
+    products = case.batch * case.heads * case.dim * case.pairs
     contenders: list[Contender]
     if backward:
         contenders, expected = _backward(case, makers, args, device)
@@ -152,7 +203,8 @@ def problem(case: Shape, backward: bool, device: str = "cuda", target: str = "tr
         contenders = []
         for name, (kind, make) in makers.items():
             # SDPA beside sigmoid computes a softmax.
-            own = functools.partial(sample.expected, case.normalizer, shift) if name == "ours" else sample.expected
+            kept = name.startswith("ours")
+            own = functools.partial(sample.expected, case.normalizer, shift) if kept else sample.expected
             call = functools.partial(_forward, make, case.length, args)
             contenders.append(Contender(name, kind, make=call, expected=own))
         expected, of = sample.expected, sample.of
@@ -187,13 +239,19 @@ def _backward(
     def expected(normalizer: str) -> tuple[Tensor, ...]:
         shift = torch.full((1,), -math.log(length), device=device) if normalizer == "sigmoid" else None
         with torch.enable_grad():
-            options: dict[str, Any] = {"scale": case.dim**-0.5, "mask": case.mask, "normalizer": normalizer}
-            out = ops.reference(q, k, v, None, shift, **options)
+            mask = case.static(length, device)
+            options: dict[str, Any] = {"scale": case.dim**-0.5, "mask": mask.text, "normalizer": normalizer}
+            if mask.table is None:
+                out = ops.reference(q, k, v, None, shift, **options)
+            else:
+                rows, columns = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)
+                bias = mask.visible(rows, columns)[None, None]
+                out = ops.reference(q, k, v, bias, shift, **(options | {"mask": ""}))
         return torch.autograd.grad(out, exact, grads[1].double())
 
     found = []
     for name, (kind, make) in makers.items():
-        normalizer = case.normalizer if name == "ours" else "softmax"
+        normalizer = case.normalizer if name.startswith("ours") else "softmax"
         found.append(
             Contender(
                 name,
@@ -204,6 +262,76 @@ def _backward(
             )
         )
     return found, functools.partial(expected, case.normalizer)
+
+
+def lists_problem(
+    length: int, heads: int, percent: int, dim: int = 128, device: str = "cuda", target: str = "triton"
+) -> Problem:
+    """Random lists of ``percent`` of the causal tiles, beside dense causal SDPA, which computes another function."""
+    case = Shape("lists", 1, heads, length, dim, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    q, k, v = (t.detach() for t in inputs(case, 1, length, device))
+    states = block_sparse.random_lists(heads, length, percent).to(device)
+    counts, indices = block_lists(states)
+    lists = (counts, indices[..., : int(counts.max())].contiguous())
+    call = listed(lists, {"scale": dim**-0.5, "mask": CAUSAL}, None, target)
+
+    def visible(row: Tensor, column: Tensor) -> Tensor:
+        return (states[:, :, row[:, 0] // BLOCK][..., column // BLOCK] > 0) & (column <= row)
+
+    sample, whole = Sample(q, k, v, visible), Sample(q, k, v, lambda row, column: column <= row)
+    density = counts.double().mean().item() * 2 / (states.shape[-1] + 1)
+    return Problem(
+        "ours",
+        [
+            Contender("ours", Kind.OURS, lambda: call(q, k, v)),
+            Contender("sdpa", Kind.PEER, lambda: sdpa(case)(q, k, v), expected=whole.expected),
+        ],
+        sample.expected,
+        BOUND[case.dtype],
+        sample.of,
+        flops=round(density * 4 * heads * dim * pairs(length, True)),
+        dtype=dtype_name(case.dtype),
+        note=f"density {density:.4f}; sdpa is causal and dense",
+    )
+
+
+def selector_problem(length: int, heads: int, name: str, device: str = "cuda") -> Problem:
+    """Choosing the blocks and attending to them, beside dense causal SDPA. Tokens as in block_sparse.py's topics."""
+    from ...passes.selectors import parse_selector
+    from ._selection import whole_site
+
+    q, k, v = given = tuple(t.to(device) for t in block_sparse.topical(heads, length, torch.bfloat16))
+    case = Shape("selector", 1, heads, length, q.shape[3])
+    whole = Sample(q, k, v, lambda row, column: column <= row)
+    chosen = block_sparse.SELECTORS[name]
+    return Problem(
+        "sdpa",
+        [
+            Contender("sdpa", Kind.PEER, lambda: sdpa(case)(q, k, v)),
+            # Another function, and which one is the selector's choice: tests hold its parts to their references.
+            Contender("sparse", Kind.FLOOR, make=lambda: whole_site(parse_selector(chosen), given, BLOCK)),
+        ],
+        whole.expected,
+        BOUND[case.dtype],
+        whole.of,
+        dtype=dtype_name(case.dtype),
+        note=f"{chosen}; sdpa is causal and dense",
+    )
+
+
+def _chosen(length: int, heads: int) -> list[Case]:
+    """Lists and selectors at one length: the forward alone."""
+    made: list[tuple[str, Callable[[], Problem]]] = [
+        (f"lists-{length // 1024}k-{percent}%", functools.partial(lists_problem, length, heads, percent))
+        for percent in block_sparse.DENSITIES
+    ]
+    for name in block_sparse.SELECTORS:
+        made.append((f"{name}-{length // 1024}k", functools.partial(selector_problem, length, heads, name)))
+    params = {"phase": "forward", "dtype": "bfloat16", "mask": CAUSAL, "normalizer": "softmax"}
+    return [
+        Case(f"{name}/forward", params | {"length": length, "part": name}, make, quick=name in QUICK)
+        for name, make in made
+    ]
 
 
 def cases() -> list[Case]:
@@ -220,7 +348,7 @@ def cases() -> list[Case]:
             }
             make = functools.partial(problem, case, backward)
             found.append(Case(f"{case.name}/{phase}", params, make, quick=case.name in QUICK))
-    return found
+    return found + _chosen(32768, 16) + _chosen(131072, 8)
 
 
 SUITE = Suite(
@@ -229,5 +357,6 @@ SUITE = Suite(
     cases,
     device="cuda",
     headline=("*",),
+    compare=(("ours lists", "ours"),),
     plot_panels=("phase", "normalizer"),
 )
