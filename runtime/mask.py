@@ -296,6 +296,8 @@ def segments(
         entries = _integers("ids", ids, (1, 2))
         count = int(entries.max()) + 1
     allowed = _edges(edges, count)
+    if not bool(allowed.any()):
+        raise BadArgument("there are no edges: the mask hides every pair")
     if int(entries.min()) < 0 or int(entries.max()) >= len(allowed):
         raise BadArgument(f"there are edges for {len(allowed)} segments, and ids go from {int(entries.min())} to "
                           f"{int(entries.max())}")  # fmt: skip
@@ -444,7 +446,7 @@ def _integers(name: str, values: Tensor | Sequence[Any], dims: tuple[int, ...]) 
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadArgument(f"{name} must be integers: {error}") from error
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise BadArgument(f"{name} must be integers, not {tensor.dtype}")
     if tensor.dim() not in dims or not tensor.numel():
         shape = " or ".join("(L,)" if dim == 1 else "(batch, L)" for dim in dims)
