@@ -23,8 +23,8 @@ class BlockScoresSpec(KernelSpec):
 
     dtype: of q and k. mask: canonical text of codegen/symbols.py, without a table. block_k: keys in a block, which
         decides how a Triton tile is laid out; 0 in native kernels, which take any.
-    block_m, block_n, block_c: queries, keys and channels in a tile of a Triton kernel. num_warps, num_stages: its launch
-        options.
+    block_m, block_n, block_c: queries, keys and channels in a tile of a Triton kernel. num_warps, num_stages: its
+        launch options.
     """
 
     kind: ClassVar[str] = "block_scores"
