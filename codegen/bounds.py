@@ -39,7 +39,7 @@ class Bounds:
 def bounds(mask: Boolean | str, index: sympy.Symbol = K) -> Bounds:
     """Closed-form limits of ``index`` from the conjuncts of ``mask`` that can be solved for it.
 
-    Solvable: comparisons linear in ``index`` or in ``index // c``, such as ``k_idx > q_idx - 256`` or
+    Solvable: comparisons linear in ``index`` or in ``(index + e) // c``, such as ``k_idx > q_idx - 256`` or
     ``k_idx // 64 == q_idx // 64``. A conjunct that does not mention ``index`` is not a limit and makes the result
     inexact, as do disjunctions, ``!=`` and whatever looks entries of a table up.
     """
@@ -111,11 +111,12 @@ def _solve(relation: Relational, index: sympy.Symbol) -> tuple[sympy.Expr | None
         return low, high
     if isinstance(term, sympy.floor):
         value, divisor = sympy.fraction(sympy.together(term.args[0]))
-        if value is index and divisor.is_Integer:
-            # low <= index // c < high is c * low <= index < c * high.
+        offset = sympy.expand(value - index)
+        if index not in offset.free_symbols and divisor.is_Integer:
+            # low <= (index + offset) // c < high is c * low <= index + offset < c * high.
             return (
-                None if low is None else sympy.expand(divisor * low),
-                None if high is None else sympy.expand(divisor * high),
+                None if low is None else sympy.expand(divisor * low - offset),
+                None if high is None else sympy.expand(divisor * high - offset),
             )
     return None
 

@@ -1,6 +1,7 @@
 """The rewrites, one a file, and the classes users write their own with."""
 
 from .base import Builder, Decline, Exactness, NearMiss, Needs, Pass, Rewrite, SiteContext
+from .block_sparse_attention import BlockSparseAttention
 from .focus_attention import FocusAttention
 from .lm_infinite import LMInfinite
 from .routing_transformer import RoutingTransformer
@@ -9,11 +10,20 @@ from .two_pass_softmax import TwoPassSoftmax
 
 # Name on the command line -> pass. A new pass is one more file and one more line here.
 PASSES: dict[str, type[Pass]] = {
-    cls.cli_name(): cls for cls in (TwoPassSoftmax, SigmoidAttention, LMInfinite, FocusAttention, RoutingTransformer)
+    cls.cli_name(): cls
+    for cls in (
+        TwoPassSoftmax,
+        SigmoidAttention,
+        BlockSparseAttention,
+        LMInfinite,
+        FocusAttention,
+        RoutingTransformer,
+    )
 }
 
 __all__ = [
     "PASSES",
+    "BlockSparseAttention",
     "Builder",
     "Decline",
     "Exactness",
