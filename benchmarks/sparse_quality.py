@@ -99,7 +99,7 @@ PARTS = (*(f"text{n}" for n in range(SEQUENCES)), *(f"needle{n}" for n in range(
 class Backbone(torch.nn.Module):
     """A causal language model without its head: last hidden states, so that logits are made in slices."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -162,7 +162,8 @@ class Study:
 
     @functools.cached_property
     def backbone(self) -> Backbone:
-        return Backbone(self.loaded.model.model).eval()  # type: ignore[arg-type]
+        whole: Any = self.loaded.model
+        return Backbone(whole.model).eval()
 
     def forward_of(self, setting: Setting) -> Forward:
         if not setting.options:

@@ -130,17 +130,18 @@ def listed(
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, visible: Visible, counted: bool) -> Call:
-    """FlexAttention, compiled; counted: its block mask is made in the call, by compiled code too."""
+    """FlexAttention, compiled; counted: its block mask is made in the call, compiled too, as its authors advise."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def mask_mod(b: Any, h: Any, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return visible(q_idx, kv_idx)
 
-    make = functools.partial(create_block_mask, mask_mod, None, None, q.shape[2], k.shape[2], device="cpu")
+    sizes = (mask_mod, None, None, q.shape[2], k.shape[2])
     compiled = inductor(flex_attention)
     if counted:
-        return lambda: compiled(q, k, v, block_mask=make())
-    block = make()
+        make = inductor(create_block_mask)
+        return lambda: compiled(q, k, v, block_mask=make(*sizes, device="cpu"))
+    block = create_block_mask(*sizes, device="cpu")
     return lambda: compiled(q, k, v, block_mask=block)
 
 
