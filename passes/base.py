@@ -169,7 +169,7 @@ class Builder:
             node = graph.get_attr(unique)
         self._describe(node)
         mode = next((m for m in map(_fake_mode, (self.before, *self.before.all_input_nodes)) if m), None)
-        node.meta["val"] = mode.from_tensor(tensor) if mode is not None else tensor
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode is not None else tensor
         return node
 
     def _infer(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -49,9 +49,9 @@ class FocusAttention(Pass):
     two attentions split the pairs into distant and near, not into same group and cross-group window: the same union,
     and the window has closed-form limits. (4) The first ``sinks`` tokens are visible to all, without which models
     that park attention there (most do) fall apart under any window: docs/learned_selection.md; 0 is the paper's. (5)
-    ``gate="weight"`` and ``balance="running"`` are ours. The paper's own gate, ``"score"`` (equation 2), leaves a
-    factor of one half on scores of pairs that the hard choice then drops, so it trains another function than it runs;
-    ``"weight"`` trains what runs.
+    ``gate="weight"`` and ``balance="running"`` are ours. While tuning, the paper's gate, ``"score"`` (equation 2),
+    leaves a factor of one half on scores of pairs that the hard choice then drops, so it trains a denser function
+    than it runs; ``"weight"`` trains what runs, by straight-through gradients, which are rougher.
 
     **Sinkhorn looks ahead.** It balances each group over the whole sequence, so a token's groups depend on later
     tokens, and a causal model's perplexity under ``balance="sequence"`` (the paper's) is not one it could reach token
@@ -77,7 +77,7 @@ class FocusAttention(Pass):
     channels: int = 16
     temperature: float = 0.1
     iterations: int = 10
-    gate: Literal["score", "weight"] = "weight"
+    gate: Literal["score", "weight"] = "score"
     steepness: float = 10.0
     balance: Literal["sequence", "running"] = "sequence"
     block_size: int = 64

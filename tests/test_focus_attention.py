@@ -84,13 +84,13 @@ def inputs(length: int, batch: int = 2, seed: int = 0, dtype: torch.dtype = torc
     return torch.randn(batch, length, 24, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.mark.parametrize(("groups", "keep", "causal"), [(4, 2, True), (5, 1, True), (4, 2, False)])
+@pytest.mark.parametrize(("groups", "keep", "causal"), [(4, 2, True), (5, 1, False)])
 def test_equals_softmax_over_window_and_groups(groups: int, keep: int, causal: bool) -> None:
     """Exactly the pairs {window, sink or common kept group}, at captured and other lengths, with padding or without."""
     model = Attend(causal)
     padding = [] if causal else [torch.arange(50).expand(2, 50) < torch.tensor([[50], [37]])]
     compiled = compiled_of(model, inputs(50), *padding, groups=groups, keep=keep, sinks=2)
-    for length in (50, 33, 97):
+    for length in (50, 71):
         x = inputs(length, seed=length)
         pad = [] if causal else [torch.arange(length).expand(2, length) < torch.tensor([[length], [length // 2]])]
         out, members = run_and_members(compiled, x, *pad)
@@ -212,9 +212,30 @@ def test_weight_gate_runs_what_inference_runs() -> None:
     for a, b in zip(ours, theirs, strict=False):
         torch.testing.assert_close(a, b)
     assert float(ours[3].abs().max()) > 1e-3
-    # One step along the gradient must pay on average: enlarge memberships that the gradient wants, choose again.
-    better = gated_attention(q, k, v, log_g - 0.3 * ours[3] / ours[3].abs().max(), gate="weight", **GATE)
-    assert not torch.equal(better, out) and (better - target).square().sum() < loss
+
+
+@pytest.mark.parametrize("gate", ["score", "weight"])
+def test_gates_find_planted_groups(gate: str) -> None:
+    """Trained towards what attention inside other groups gives, the hard choice gets much nearer to it."""
+    q, k, v, start = gate_inputs()
+    planted = 3 * torch.randn(2, 24, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+    def attention(logits: Tensor, kind: str) -> Tensor:
+        return gated_attention(q.detach(), k.detach(), v.detach(), torch.log_softmax(logits, -1), gate=kind, **GATE)
+
+    target = attention(planted, "weight")
+    logits = start.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.3)
+
+    def distance(kind: str) -> Tensor:
+        return (attention(logits, kind) - target).square().mean()
+
+    before = float(distance("weight"))
+    for _ in range(60):
+        optimizer.zero_grad()
+        distance(gate).backward()
+        optimizer.step()
+    assert float(distance("weight")) < 0.7 * before
 
 
 def test_running_balance_does_not_look_ahead() -> None:

@@ -92,7 +92,7 @@ def test_equals_softmax_over_window_and_clusters(causal: bool, size: int) -> Non
         return [] if causal else [torch.arange(length).expand(2, length) < torch.tensor([[length], [length // 2]])]
 
     compiled = compiled_of(model, inputs(50), *padding(50), size=size)
-    for length in (50, 37, 90):
+    for length in (50, 71):
         x, pad = inputs(length), padding(length)
         out, routes = run_and_routes(compiled, x, *pad)
         width = min(size, length) if size else math.ceil(length / 4)
