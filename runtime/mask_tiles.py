@@ -216,41 +216,37 @@ class _Tiles:
         The indices of a tile are a rectangle ``stride * a + b``: how many of its entries hold is the difference of four
         sums over prefixes.
         """
-        base, ranges = self.zero, {}
+        base = self.zero
+        ranges: dict[int, Range] = {}
         for term, coefficient in sympy.expand(index).as_coefficients_dict().items():
-            low, high = self.term(term)
+            first, last = self.term(term)
             factor = int(coefficient)
             if not term.has(Q, K):
-                base = base + factor * low
+                base = base + factor * first
                 continue
-            ends = (low, high) if factor > 0 else (-high, -low)
-            sums = ranges.get(abs(factor), (self.zero, self.zero))
-            ranges[abs(factor)] = (sums[0] + ends[0], sums[1] + ends[1])
-        steps = sorted(ranges)
-        if not steps or steps in ([1], [steps[-1]], [1, steps[-1]]):
-            strided = steps[-1] if steps and steps[-1] > 1 else 0
-            low, high = ranges.get(1, (self.zero, self.zero))
-            a0, a1 = ranges.get(strided, (self.zero, self.zero))
-        else:
-            low = high = self.zero
-            for step, ends in ranges.items():
-                low, high = low + step * ends[0], high + step * ends[1]
-            strided, a0, a1 = 0, self.zero, self.zero
+            ends = (first, last) if factor > 0 else (-last, -first)
+            known = ranges.get(abs(factor), (self.zero, self.zero))
+            ranges[abs(factor)] = (known[0] + ends[0], known[1] + ends[1])
+        nothing = (self.zero, self.zero)
+        low, high = ranges.pop(1, nothing)
+        stride, (a0, a1) = ranges.popitem() if len(ranges) == 1 else (0, nothing)
+        for step, ends in ranges.items():  # several strides: all that lies between the ends
+            low, high = low + step * ends[0], high + step * ends[1]
         low, high = low + base, high + base
-        size = self._table()[0].shape[0]
+        table, end = self._table()
+        size = table.shape[0]
         sums = F.pad(holds.long().cumsum(0), (1, 0))
-        if not strided:
-            last = self._table()[1]
-            low, high = (end.clamp_min(0).minimum(last) for end in (low, high))
+        if not stride:
+            low, high = low.clamp_min(0).minimum(end), high.clamp_min(0).minimum(end)
             found = sums[high + 1] - sums[low]
             return found > 0, found == high - low + 1
-        # sums[x] + sums[x - stride] + sums[x - 2 * stride] + ...
-        sums = F.pad(sums, (0, (-(size + 1)) % strided)).view(-1, strided).cumsum(0).view(-1)
-        inside = (strided * a0 + low >= 0) & (strided * a1 + high < size)
+        # strided[x] = sums[x] + sums[x - stride] + sums[x - 2 * stride] + ...
+        strided = F.pad(sums, (0, (-(size + 1)) % stride)).view(-1, stride).cumsum(0).view(-1)
+        inside = (stride * a0 + low >= 0) & (stride * a1 + high < size)
 
         def until(row: Tensor, column: Tensor) -> Tensor:
-            place = strided * row + column
-            return torch.where(place >= 0, sums[place.clamp_min(0).clamp_max(size)], 0)
+            place = stride * row + column
+            return torch.where(place >= 0, strided[place.clamp_min(0).minimum(end + 1)], 0)
 
         found = until(a1, high + 1) - until(a0 - 1, high + 1) - until(a1, low) + until(a0 - 1, low)
         every = found == (a1 - a0 + 1) * (high - low + 1)

@@ -80,7 +80,7 @@ def reference_only(name: str, target: str) -> None:
         raise UnsupportedKernel(f"{name} has no kernel for target {target!r}: call it with target='reference'")
 
 
-def helper(schema: str, composite: Callable[..., torch.Tensor]) -> Any:
+def helper(schema: str, composite: Callable[..., Any]) -> Any:
     """Define ``tilewright::<schema>`` as a composite op that is no canonical op, and return its overload."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
