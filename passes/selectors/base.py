@@ -134,6 +134,13 @@ def is_share(number: Any) -> bool:
 # ----------------------------------------------------------------------------------------- what kind of attention it is
 
 
+def coarse_mask(inputs: SelectorInputs, mask: str, stride: int) -> str:
+    """``mask`` over groups of ``stride`` queries and keys."""
+    lengths = (value(x).shape[2] for x in (inputs.q, inputs.k))
+    queries, keys = (length if isinstance(length, int) else None for length in lengths)
+    return masks.coarsen(mask, stride, queries, keys, aligned=aligned(inputs))
+
+
 def aligned(inputs: SelectorInputs) -> bool:
     """Whether queries and keys are provably equally many."""
     return same_size(value(inputs.q).shape[2], value(inputs.k).shape[2])

@@ -19,12 +19,13 @@ from ...codegen.symbols import BATCH, HEAD, K_LEN, Q_LEN, K, Q
 _LINEAR = frozenset({Q, K, Q_LEN, K_LEN, HEAD, BATCH, sympy.S.One})
 
 
-def coarsen(mask: str, stride: int, *, aligned: bool) -> str:
+def coarsen(mask: str, stride: int, queries: int | None = None, keys: int | None = None, *, aligned: bool) -> str:
     """The mask over groups of ``stride`` queries and keys: visible where some pair of the two groups is.
 
-    aligned: queries and keys are equally many. Comparisons that are not linear in the indices (tables, ``//``, ``%``)
-    hide nothing.
+    queries, keys: how many there are, where that is known; otherwise the last groups may be of any size. aligned: they
+    are equally many. Comparisons that are not linear in the indices (tables, ``//``, ``%``) hide nothing.
     """
+    missing = {length: None if n is None else -n % stride for length, n in ((Q_LEN, queries), (K_LEN, keys))}
 
     def least(difference: sympy.Expr) -> Boolean:
         """Whether ``difference`` is at most 0 somewhere in the two groups."""
@@ -36,7 +37,8 @@ def coarsen(mask: str, stride: int, *, aligned: bool) -> str:
                 rest += min(factor, 0) * (stride - 1)
             elif term in (Q_LEN, K_LEN):  # length = stride * groups - (0 .. stride - 1)
                 coarse += factor * term
-                rest -= max(factor, 0) * (stride - 1)
+                known = missing[term]
+                rest -= max(factor, 0) * (stride - 1) if known is None else factor * known
             else:
                 rest += factor * term
         return sympy.Le(coarse, sympy.floor(-rest / stride))

@@ -10,8 +10,7 @@ import torch
 from ...runtime.ops import OPS
 from ...runtime.ops.attention_parts import ATTENTION_SCORES
 from ..base import Builder, SiteContext
-from .base import Emit, Node, Selected, Selector, SelectorInputs, Size, aligned, aten, is_count, is_share, pair
-from .masks import coarsen
+from .base import Emit, Node, Selected, Selector, SelectorInputs, Size, aten, coarse_mask, is_count, is_share, pair
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class ProxyAttn(Selector):
     (ICLR 2026, arXiv:2509.24745), the method section, as public notes on it print its equations: paper and code
     (wyxstriker/ProxyAttn) were not at hand.
 
-    Deviations: the first and the diagonal block are always kept, within the budget; the last block's queries see what
+    Deviations: the first and the diagonal block are always kept, beside the budget; the last block's queries see what
     the site's own mask shows them; any mask, batch and length. The strided scores of the proxies, (queries / stride) x
     (keys / stride) float32 for each of them, lie in memory, because a maximum over tiles is wanted rather than a sum.
 
@@ -71,7 +70,7 @@ class ProxyAttn(Selector):
     def _scores(self, emit: Emit, inputs: SelectorInputs) -> Node:
         """float32 (B, Hq, NQ, NK), or (B, 1, NQ, NK) with one proxy."""
         q, k = (self._proxies(emit, x) for x in (inputs.q, inputs.k))
-        mask = coarsen(inputs.mask, self.stride, aligned=aligned(inputs))
+        mask = coarse_mask(inputs, inputs.mask, self.stride)
         raw = emit.call(ATTENTION_SCORES, q, k, scale=inputs.scale, mask=mask)
         shares = emit.call(aten.nan_to_num.default, emit.call(aten.softmax.int, raw, -1, torch.float32))
         # Rows first: what is left has one row a block.
@@ -121,4 +120,5 @@ class ProxyAttn(Selector):
         total = emit.call(aten.sum.dim_IntList, ordered, [-1], True)
         needed = emit.call(aten.lt.Tensor, before, emit.call(aten.mul.Tensor, total, self.threshold))
         count = emit.call(aten.sum.dim_IntList, needed, [-1], dtype=torch.int32)
-        return emit.call(aten.clamp_min.default, count, -(-self.least // inputs.block_k))
+        count = emit.call(aten.clamp_min.default, count, -(-self.least // inputs.block_k))
+        return emit.call(aten.add.Scalar, count, 2)  # the two that are always kept

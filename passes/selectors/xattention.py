@@ -10,8 +10,7 @@ import torch
 from ...runtime.ops import OPS
 from ..base import Builder, SiteContext
 from ..view import value
-from .base import Emit, Node, Selected, Selector, SelectorInputs, aligned, aten, is_count, is_share, pair
-from .masks import coarsen
+from .base import Emit, Node, Selected, Selector, SelectorInputs, aten, coarse_mask, is_count, is_share, pair
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def antidiagonal_scores(emit: Emit, inputs: SelectorInputs, k: Node, mask: str, 
         _strided(emit, inputs.q, stride, backwards=True),
         _strided(emit, k, stride, backwards=False),
         scale=inputs.scale / stride,
-        mask=coarsen(mask, stride, aligned=aligned(inputs)),
+        mask=coarse_mask(inputs, mask, stride),
         block_q=inputs.block_q // stride,
         block_k=inputs.block_k // stride,
     )
