@@ -281,23 +281,7 @@ def evaluate(mask: Boolean | str, values: Mapping[str, Any]) -> Any:
     lift = values["k_idx"] * 0
     indices = {Q, K, HEAD, BATCH}
 
-    def integer(e: sympy.Expr) -> Any:
-        if e.is_Symbol:
-            return values[e.name]
-        if e.is_Integer:
-            return int(e)
-        if e.is_Add or e.is_Mul:
-            return functools.reduce(_add if e.is_Add else _mul, (integer(term) for term in e.args))
-        if e.is_Pow:
-            return functools.reduce(_mul, [integer(e.base)] * int(e.exp))
-        if isinstance(e, Mod):
-            return integer(e.args[0]) % int(e.args[1])
-        if isinstance(e, Table):
-            return _look_up(values.get("table"), integer(e.args[0]) + lift)
-        if isinstance(e, sympy.floor):
-            value, divisor = sympy.fraction(sympy.together(e.args[0]))
-            return integer(value) // int(divisor)
-        raise SpecError(f"{e} cannot be evaluated")
+    integer = functools.partial(evaluate_integer, values=values)
 
     def boolean(e: Boolean) -> Any:
         if isinstance(e, BooleanTrue | BooleanFalse):
@@ -322,6 +306,27 @@ def evaluate(mask: Boolean | str, values: Mapping[str, Any]) -> Any:
                 raise SpecError(f"{other} is not canonical")
 
     return boolean(canonical(mask))
+
+
+def evaluate_integer(e: sympy.Expr, values: Mapping[str, Any]) -> Any:
+    """An integer expression of a mask over ``values``, as :func:`evaluate` takes them."""
+    integer = functools.partial(evaluate_integer, values=values)
+    if e.is_Symbol:
+        return values[e.name]
+    if e.is_Integer:
+        return int(e)
+    if e.is_Add or e.is_Mul:
+        return functools.reduce(_add if e.is_Add else _mul, (integer(term) for term in e.args))
+    if e.is_Pow:
+        return functools.reduce(_mul, [integer(e.base)] * int(e.exp))
+    if isinstance(e, Mod):
+        return integer(e.args[0]) % int(e.args[1])
+    if isinstance(e, Table):
+        return _look_up(values.get("table"), integer(e.args[0]) + values["k_idx"] * 0)
+    if isinstance(e, sympy.floor):
+        value, divisor = sympy.fraction(sympy.together(e.args[0]))
+        return integer(value) // int(divisor)
+    raise SpecError(f"{e} cannot be evaluated")
 
 
 def _look_up(table: Any, index: Any) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import sympy
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mask_cases import limited, visible
 
+import tilewright.runtime.ops  # noqa: F401
 from tilewright.codegen import bounds, symbols
 from tilewright.codegen.mask_logic import disjuncts, hides_everything, implies
 
@@ -171,3 +173,11 @@ def test_implication_is_sound_for_many_masks(text, other):
             assert bool((right | ~left).all())
         if implies(text, f"({text}) and ({other})"):
             assert bool((right | ~left).all())
+
+
+@pytest.mark.parametrize("text", ["k_idx <= q_idx % 4", "k_idx // 3 == q_idx // 2", WINDOW, "k_idx <= 2 * q_idx - 5"])
+def test_visible_keys_are_counted_from_limits(text):
+    q, k = torch.empty(1, 1, 9, 1), torch.empty(1, 1, 11, 1)
+    assert bounds.k_bounds(text).exact
+    found = torch.ops.tilewright.visible_keys(q, k, mask=text)
+    assert torch.equal(found, visible(text, 9, 11).sum(-1, keepdim=True))

@@ -6,10 +6,8 @@ readable node in a graph, takes its sizes from the tensors at every call, and di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
@@ -60,31 +58,10 @@ def _closed_form(q: Tensor, k: Tensor, limits: bounds.Bounds) -> Tensor:
     zero = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=q.device)
     first, end = zero, zero + k.shape[2]
     for limit in limits.lower:
-        first = torch.maximum(first, zero + _integer(limit, values))
+        first = torch.maximum(first, zero + symbols.evaluate_integer(limit, values))
     for limit in limits.upper:
-        end = torch.minimum(end, zero + _integer(limit, values))
+        end = torch.minimum(end, zero + symbols.evaluate_integer(limit, values))
     return (end - first).clamp_min(0)
-
-
-def _integer(e: sympy.Expr, values: Mapping[str, Any]) -> Any:
-    """An integer expression of a mask over ints, symbolic ints and int64 tensors."""
-    if e.is_Symbol:
-        return values[e.name]
-    if e.is_Integer:
-        return int(e)
-    if e.is_Add or e.is_Mul:
-        total = _integer(e.args[0], values)
-        for term in e.args[1:]:
-            total = total + _integer(term, values) if e.is_Add else total * _integer(term, values)
-        return total
-    if e.is_Pow and e.exp.is_Integer and e.exp > 0:
-        return _integer(e.base, values) ** int(e.exp)
-    if isinstance(e, sympy.Mod):
-        return _integer(e.args[0], values) % int(e.args[1])
-    if isinstance(e, sympy.floor):
-        value, divisor = sympy.fraction(sympy.together(e.args[0]))
-        return _integer(value, values) // int(divisor)
-    raise symbols.SpecError(f"{e} cannot be evaluated")
 
 
 VISIBLE_KEYS = helper("visible_keys(Tensor q, Tensor k, Tensor? bias=None, *, str mask='') -> Tensor", count_visible)
