@@ -63,7 +63,7 @@ def draw(study: dict[str, Any], path: Path) -> None:
     )
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in study["rows"] if row["method"] != "dense"))
-    dense = next((row for row in study["rows"] if row["method"] == "dense"), {})
+    dense: dict[str, Any] = next((row for row in study["rows"] if row["method"] == "dense"), {})
     for axis, (name, title) in zip(axes, panels, strict=True):
         for method, color in zip(methods, COLORS, strict=False):
             points = sorted(

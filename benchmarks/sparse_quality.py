@@ -173,7 +173,7 @@ class Study:
 
         ids = torch.zeros(1, self.length, dtype=torch.long)
         one = BlockSparseAttention(block_size=BLOCK, **setting.options)
-        fixed = {"input_ids": {}}
+        fixed: dict[str, Any] = {"input_ids": {}}
         return compile(self.backbone, [one], (ids,), dynamic_shapes=fixed, rest="eager", validate=False, strict=True)
 
     def texts(self) -> list[Tensor]:
@@ -239,7 +239,7 @@ class Study:
             kl += F.kl_div(logs, truth, reduction="sum", log_target=True).item()
             same += int((logs.argmax(-1) == truth.argmax(-1)).sum())
             compared += len(truth)
-        result = {"loss": loss, "tokens": self.length - 1, "kl": kl, "same": same, "compared": compared}
+        result: dict[str, Any] = {"loss": loss, "tokens": self.length - 1, "kl": kl, "same": same, "compared": compared}
         if sites.errors:
             result |= {"densities": sites.densities, "errors": sites.errors}
         return result

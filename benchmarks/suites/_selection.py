@@ -16,7 +16,8 @@ from ...passes.view import arguments
 from ...runtime.ops import OPS
 from ..measure import Call
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]
+"""q, k and v."""
 
 
 class Attention(torch.nn.Module):
@@ -53,6 +54,6 @@ def _compiled(selector: Selector, inputs: Inputs, block: int, rest: Any) -> Any:
     return compile(Attention(), [one], inputs, dynamic_shapes=fixed, rest=rest, validate=False, strict=True)
 
 
-def _fixed(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+def _fixed(inputs: Inputs) -> tuple[dict[int, Any], ...]:
     """No size varies."""
     return tuple({} for _ in inputs)
