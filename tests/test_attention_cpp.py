@@ -129,6 +129,7 @@ def test_matches_float64(name, isa):
         ("sinks", (3, 2000), 1, 3),
         ("window_half", (50, 1500), 1, 1),
         ("window_half", (2, 1100), 1, 1),
+        ("window_half", (300, 1500), 1, 2),  # few keys a query: threads walk over runs of queries, two heads in turn
         ("bias", (8, 777), 1, 1),
         ("bias", (9, 777), 1, 1),
         ("bias_half", (260, 260), 1, 2),
