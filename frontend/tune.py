@@ -412,16 +412,17 @@ def _batches(program: ExportedProgram, compiled: CompiledModule, data: Any, name
     found = []
     for index in range(len(data)):
         args, kwargs = as_call(data[index])
+        # Constants such as use_cache need not be said again; labels may be there for the loss alone.
+        labels = {} if "labels" in signature.parameters else {k: kwargs.pop(k) for k in ("labels",) if k in kwargs}
         try:
             named = by_name(signature.bind(*args, **kwargs))
         except TypeError as error:
             raise BadArgument(f"tune: the model does not accept batch {index} of {name}: {error}") from error
-        # Constants such as use_cache need not be said again; labels may be there for the loss alone.
         call = {
             key: value for key, value in example.items() if key not in named and not isinstance(value, torch.Tensor)
         }
         call |= {key: value for key, value in named.items() if key != "labels" or key in example}
-        batch = _Batch(call, named)
+        batch = _Batch(call, named | labels)
         program.flatten((), call)  # says what does not fit, before anything is trained
         found.append(batch)
     return found

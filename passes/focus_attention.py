@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.fx
@@ -63,7 +63,8 @@ class FocusAttention(Pass):
     groups, keep: number of groups, and how many each token belongs to. window: how far tokens always see each other,
     to each side. sinks: see above. channels: of the space in which tokens meet centroids (16 suffice in the paper).
     temperature, iterations: Sinkhorn's. gate: how pairs are softened while tuning. steepness: of the ``score`` gate;
-    the paper does not tell its own. balance: see above. block_size: of the block lists. seed: of the random start.
+    the paper does not tell its own. balance: see above. block_size: of the block lists, less where the example inputs
+    are short. seed: of the random start.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -112,6 +113,9 @@ class FocusAttention(Pass):
         length = site.val("k").shape[2]
         if isinstance(length, int) and length <= self.window:
             return Decline(f"its {length} tokens are all inside a window of {self.window}")
+        block = block_for(length, self.block_size)
+        if block is None:
+            return Decline("the example inputs have too few tokens to capture blocks of them: give more than 16")
         details = {
             "groups": self.groups,
             "keep": self.keep,
@@ -119,7 +123,7 @@ class FocusAttention(Pass):
             "sinks": self.sinks,
             "distant_pairs_at_random": round(_share(self.groups, self.keep), 3),
         }
-        return Rewrite(lambda b: self._hard(b, site), details, training=lambda b: self._soft(b, site))
+        return Rewrite(lambda b: self._hard(b, site, block), details, training=lambda b: self._soft(b, site))
 
     def _log_groups(self, builder: Builder, site: SiteContext, training: bool) -> Node:
         """log g (B, L, groups), float32."""
@@ -173,13 +177,13 @@ class FocusAttention(Pass):
             sinks=self.sinks,
         )
 
-    def _hard(self, builder: Builder, site: SiteContext) -> Node:
+    def _hard(self, builder: Builder, site: SiteContext, block: int) -> Node:
         members = builder.call(HELPERS["kept_groups"], self._log_groups(builder, site, training=False), keep=self.keep)
         both = builder.call(HELPERS["group_order"], members, keep=self.keep)
         order, inverse, table = (builder.call(operator.getitem, both, i) for i in range(3))
         named = arguments(site.node)
         mask = own_mask(named["mask"])
-        sizes = {"block_q": self.block_size, "block_k": self.block_size}
+        sizes = {"block_q": block, "block_k": block}
         states = builder.call(
             HELPERS["group_states"], members, order, mask=mask, window=self.window, **sizes, sinks=self.sinks
         )
@@ -230,6 +234,16 @@ def why_not_grouped(site: SiteContext) -> str | None:
     if symbols.HEAD in symbols.parse_mask(own_mask(site.arg("mask"))).free_symbols:
         return "its mask differs between heads"
     return None
+
+
+def block_for(length: Any, block_size: int) -> int | None:
+    """The block size for sequences captured with ``length`` tokens, or None when there are too few to capture.
+
+    A symbolic length must be traced with more than one block: one block would be all that the graph then takes.
+    """
+    if isinstance(length, int):
+        return block_size
+    return next((size for size in reversed(SIZES) if size <= block_size and size < length.node.hint), None)
 
 
 def own_mask(mask: str) -> str:

@@ -16,7 +16,7 @@ from ..runtime.ops.block_attention import SIZES
 from ..runtime.ops.group_attention import window_mask
 from ..runtime.ops.routed_attention import route_mask
 from .base import Builder, Decline, Exactness, NearMiss, Needs, Pass, Rewrite, SiteContext
-from .focus_attention import GROUP, own_mask, site_seed, why_not_grouped
+from .focus_attention import GROUP, block_for, own_mask, site_seed, why_not_grouped
 from .view import arguments, value
 
 Node = torch.fx.Node
@@ -51,7 +51,8 @@ class RoutingTransformer(Pass):
     Quality: another function; the report tells each site's error, docs/learned_selection.md the measurements.
 
     clusters: a head. size: w, queries and keys a cluster; 0 for length / clusters. window: how far tokens always see
-    each other, to each side. decay: of the running means. block_size: of the block lists. seed: of the random start.
+    each other, to each side. decay: of the running means. block_size: of the block lists, less where the
+    example inputs are short. seed: of the random start.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -92,10 +93,16 @@ class RoutingTransformer(Pass):
             )
         if not all(isinstance(site.val(name).shape[1], int) for name in ("q", "k")):
             return Decline("its number of heads is not known")
+        width = -(-length // self.clusters) if not self.size else torch.sym_min(self.size, length)
+        block = block_for(width, self.block_size)
+        if block is None:
+            return Decline("the example inputs have too few tokens for blocks of 16 in a cluster: give longer ones")
         details = {"clusters": self.clusters, "size": self.size or "length / clusters", "window": self.window}
-        return Rewrite(lambda b: self._build(b, site), details, training=lambda b: self._build(b, site, update=True))
+        return Rewrite(
+            lambda b: self._build(b, site, block), details, training=lambda b: self._build(b, site, block, update=True)
+        )
 
-    def _build(self, builder: Builder, site: SiteContext, *, update: bool = False) -> Node:
+    def _build(self, builder: Builder, site: SiteContext, block: int, *, update: bool = False) -> Node:
         named = arguments(site.node)
         q, k, v, bias = (named[name] for name in ("q", "k", "v", "bias"))
         q_heads, k_heads = int(value(q).shape[1]), int(value(k).shape[1])
@@ -122,8 +129,8 @@ class RoutingTransformer(Pass):
             builder.call(HELPERS["route_table"], *chosen),
             scale=scale,
             mask=symbols.mask_text(route_mask(mask, q_heads, k_heads, self.clusters, self.window)),
-            block_q=self.block_size,
-            block_k=self.block_size,
+            block_q=block,
+            block_k=block,
         )
         back = builder.call(
             HELPERS["merge_routed"], *(builder.call(operator.getitem, far, i) for i in range(2)), chosen[0], k

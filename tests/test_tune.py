@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,29 @@ def tokens(seed: int, length: int = 40) -> Tensor:
 
 
 DATA = [tokens(seed) for seed in range(5)]
-FOCUS = FocusAttention(window=2, sinks=0, block_size=16, channels=4)
+FOCUS = FocusAttention(window=2, sinks=0, block_size=16, channels=4, keep=1, gate="weight")
 
 
-def compiled_of(model: nn.Module | None = None, one: Pass = FOCUS, rest: str = "eager") -> Any:
-    model = Tiny().eval() if model is None else model
-    return tw.compile(
-        model, passes=[one], example_inputs=(tokens(99),), target="reference", rest=rest, strict=True, validate=False
+@functools.cache
+def _compiled(dropout: float, one: Pass, rest: str) -> tuple[Any, dict[str, Tensor]]:
+    compiled = tw.compile(
+        Tiny(dropout).train(dropout > 0),
+        passes=[one],
+        example_inputs=(tokens(99),),
+        target="reference",
+        rest=rest,
+        strict=True,
+        validate=False,
     )
+    return compiled, parameters_of(compiled)
+
+
+def compiled_of(dropout: float = 0.0, one: Pass = FOCUS, rest: str = "eager") -> Any:
+    """A compiled model as if new: capturing it takes longer than tuning it."""
+    compiled, start = _compiled(dropout, one, rest)
+    compiled.original_model.train(dropout > 0)
+    compiled.set_tuned(start)
+    return compiled
 
 
 def parameters_of(compiled: Any) -> dict[str, Tensor]:
@@ -69,18 +85,24 @@ def test_trains_the_declared_parameters_alone() -> None:
     model.head.bias.requires_grad_(False)
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
     before = parameters_of(compiled)
+    # What the same model would say with other groups: there is something to learn, and it can be learnt.
+    planted = {name: torch.randn(t.shape, generator=torch.Generator().manual_seed(5)) for name, t in before.items()}
+    compiled.set_tuned(planted)
+    with torch.no_grad():
+        data = [{"input_ids": x, "labels": compiled(x).argmax(-1).roll(1, -1)} for x in DATA]
+    compiled.set_tuned(before)
 
     def held_out() -> float:
         with torch.no_grad():
-            losses = [nn.functional.cross_entropy(compiled(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()) for x in DATA]
+            losses = [language_model_loss(compiled(one["input_ids"]), one) for one in data]
         return float(torch.stack(losses).double().mean())
 
     start = held_out()
-    result = tw.tune(compiled, DATA, "centroids", steps=30, lr=0.05, validation=DATA, check_every=5)
+    result = tw.tune(compiled, data, "centroids", steps=30, lr=0.1, validation=data, check_every=5)
     after = parameters_of(compiled)
     assert len(after) == 2 and not any(torch.equal(before[name], after[name]) for name in after)
     assert result.checks[0] == (0, pytest.approx(start)) and result.best == min(loss for _, loss in result.checks)
-    assert held_out() == pytest.approx(result.best) and result.best < start - 0.05
+    assert held_out() == pytest.approx(result.best) and result.best < start and result.best_step > 0
     assert result.finished and result.steps == len(result.losses) == 30 and set(result.names) == set(after)
     assert same(weights, dict(model.state_dict()))
     assert [p.requires_grad for p in model.parameters()] == [p is not model.head.bias for p in model.parameters()]
@@ -88,18 +110,21 @@ def test_trains_the_declared_parameters_alone() -> None:
     # A graph captured later, in another mode, has the tuned parameters too.
     compiled.original_model.train()
     assert same(parameters_of(compiled), after)
+    model.head.bias.requires_grad_(True)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_resume_after_a_kill_changes_nothing(tmp_path: Path, dropout: float) -> None:
-    """Killed between checkpoints, and stopped by the clock: the run that goes on ends bit for bit the same."""
+def test_resume_after_a_kill_changes_nothing(tmp_path: Path) -> None:
+    """Killed between checkpoints, and stopped by the clock: the run that goes on ends bit for bit the same.
+
+    In training mode, so that the dropout's random numbers have to be the same ones too.
+    """
 
     def make() -> Any:
-        return compiled_of(Tiny(dropout).train(dropout > 0))
+        return compiled_of(0.5)
 
     options: dict[str, Any] = {"steps": 12, "lr": 0.05, "check_every": 3, "accumulate": 2, "seed": 3}
-    whole = make()
-    expected = tw.tune(whole, DATA, "centroids", **options)
+    expected = tw.tune(make(), DATA, "centroids", **options)
+    whole = parameters_of(_compiled(0.5, FOCUS, "eager")[0])
     folder, calls = tmp_path / "run", []
 
     def dies(output: Any, batch: Any) -> Tensor:
@@ -117,14 +142,12 @@ def test_resume_after_a_kill_changes_nothing(tmp_path: Path, dropout: float) -> 
     resumed = make()
     result = tw.tune(resumed, DATA, "centroids", checkpoint=folder, **options)
     assert result.losses == expected.losses and result.checks == expected.checks
-    assert same(parameters_of(resumed), parameters_of(whole))
+    assert same(parameters_of(resumed), whole)
     assert result.finished and result.total_seconds > result.seconds
     again = make()  # nothing is left to do, and the best parameters are put in place
     assert tw.tune(again, DATA, "centroids", checkpoint=folder, **options).losses == expected.losses
-    assert same(parameters_of(again), parameters_of(whole))
-    if not dropout:
-        other = tw.tune(make(), DATA, "centroids", **(options | {"seed": 4}))
-        assert other.losses != expected.losses
+    assert same(parameters_of(again), whole)
+    assert tw.tune(make(), DATA, "centroids", **(options | {"seed": 4})).losses != expected.losses
 
 
 def test_checkpoints_of_other_runs_and_damage(tmp_path: Path) -> None:
@@ -219,7 +242,7 @@ def test_users_passes_and_inductor(fresh_dynamo: None, tmp_path: Path) -> None:
     x = DATA[0]
     with torch.no_grad():
         before = compiled(x)
-    result = tw.tune(compiled, DATA, "scale", steps=10, lr=0.1, optimizer=torch.optim.SGD)
+    result = tw.tune(compiled, DATA[:1], "scale", steps=10, lr=0.03, optimizer=torch.optim.Adam)
     assert result.losses[-1] < result.losses[0]
     with torch.no_grad():
         after = compiled(x)
@@ -236,7 +259,7 @@ def test_users_passes_and_inductor(fresh_dynamo: None, tmp_path: Path) -> None:
 
 def test_running_means_without_gradients() -> None:
     """Online k-means: tuning moves the centroids towards their tokens and trains nothing."""
-    one = RoutingTransformer(clusters=4, window=2, decay=0.5, block_size=16)
+    one = RoutingTransformer(clusters=2, window=2, decay=0.5, block_size=16)
     compiled = compiled_of(one=one)
     before = parameters_of(compiled)
     result = tw.tune(compiled, DATA, "centroids", steps=10)
