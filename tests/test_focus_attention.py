@@ -84,7 +84,9 @@ def inputs(length: int, batch: int = 2, seed: int = 0, dtype: torch.dtype = torc
     return torch.randn(batch, length, 24, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.mark.parametrize(("groups", "keep", "causal"), [(4, 2, True), (5, 1, False)])
+@pytest.mark.parametrize(
+    ("groups", "keep", "causal"), [(4, 2, True), pytest.param(5, 1, False, marks=pytest.mark.grid)]
+)
 def test_equals_softmax_over_window_and_groups(groups: int, keep: int, causal: bool) -> None:
     """Exactly the pairs {window, sink or common kept group}, at captured and other lengths, with padding or without."""
     model = Attend(causal)
@@ -117,6 +119,7 @@ def test_masks_of_its_own_stay() -> None:
     torch.testing.assert_close(out, dense(model, x, visible), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.grid
 def test_native_kernels() -> None:
     """The block-sparse and the window kernel, joined, agree with their references; whole blocks are left out."""
     model, x = Attend(dtype=torch.float32), inputs(300, dtype=torch.float32)

@@ -236,6 +236,7 @@ class Scale(Pass):
         return Rewrite(build)
 
 
+@pytest.mark.grid
 def test_users_passes_and_inductor(fresh_dynamo: None, tmp_path: Path) -> None:
     """What Inductor compiled before tuning computes with the tuned parameters after it, and so does a saved copy."""
     compiled = compiled_of(one=Scale(), rest="inductor")
