@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from tilewright.codegen import symbols
 from tilewright.codegen.attention import AttentionBackwardSpec, AttentionSpec
 from tilewright.runtime.load import load
+from tilewright.runtime.ops import attention_kernel
 from tilewright.runtime.ops.attention import visible_pairs
 from tilewright.runtime.ops.block_lists import block_lists, transposed_lists
 
@@ -23,7 +25,7 @@ SINKS = "(k_idx <= q_idx) & ((k_idx < 4) | (k_idx > q_idx - 21))"
 PER_HEAD = "(k_idx <= q_idx) & ((k_idx > q_idx - 24 * head - 5) | (k_idx < 3 + head))"
 PREFIX = "(k_idx <= q_idx) | (k_idx < 20)"
 TWO_SIDED = "((k_idx > q_idx - 9) & (k_idx < q_idx + 13)) | (k_idx < 2) | (q_idx < 2)"
-FOUR = "(k_idx == q_idx) | (k_idx == q_idx - 30) | ((k_idx < 18) & (q_idx > 33)) | (k_idx > q_idx + 60)"
+FOUR = "(k_idx == q_idx) | (k_idx == q_idx - 12) | ((k_idx < 18) & (q_idx > 33)) | (k_idx > q_idx + 60)"
 GAPS = "(k_idx <= q_idx) & (k_idx > q_idx - 4) & (q_idx > 20) & (head > 0)"
 RANGES = {
     "sinks": SINKS,
@@ -106,7 +108,8 @@ def test_a_table_without_lists(fields: dict[str, Any]) -> None:
 
 def test_what_lies_between_ranges_is_not_read() -> None:
     """Values that nobody needs are NaN: a visit would show, since 0 times NaN is NaN."""
-    spec = attention(mask="(k_idx < 3) | ((k_idx > q_idx + 150) & (k_idx < q_idx + 190))")
+    never = "(k_idx > 60) & (k_idx < 120) & (q_idx > 40)"
+    spec = attention(mask=f"(k_idx < 3) | ((k_idx > q_idx + 150) & (k_idx < q_idx + 190)) | ({never})")
     inputs = make_inputs(spec, (5, 220), 1, 1, "plain", 1)
     inputs[1][:, :, TILE:144] = inputs[2][:, :, TILE:144] = torch.nan
     inputs[1][:, :, 208:] = inputs[2][:, :, 208:] = torch.nan
@@ -155,7 +158,7 @@ def table_of(length: int) -> Tensor:
 LISTS = {
     # mask, blocks, batch, key heads, lists for (batches, heads), fields
     "plain": ("", (32, 16), 1, 1, (1, 2), GROUPED),
-    "causal": ("k_idx <= q_idx", (16, 32), 2, 1, (2, 1), {"bias": "bool"}),
+    "ahead": ("k_idx > q_idx - 12", (16, 32), 2, 1, (2, 1), {}),
     "documents": (DOCUMENTS, (32, 32), 1, 1, (1, 1), SHIFTED | {"bias": "float32"}),
     "segments": (GRAPH, (16, 16), 2, 1, (1, 1), {"bias": "float32", "bias_rows": False}),
 }
@@ -219,3 +222,27 @@ def test_programs_that_share_keys(name: str, splits: int) -> None:
     whole, whole_lse = load(spec, "triton-interpret").launch(*inputs, 0.3, *(lists or (None, None)))
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "target", "shared"),
+    [
+        ((1, 1024), "triton-interpret", True),
+        ((16, 5000), "triton-interpret", True),
+        ((17, 5000), "triton-interpret", False),
+        ((1, 1023), "triton-interpret", False),
+        ((1, 5000), "cpp", False),
+    ],
+)
+def test_calls_with_few_queries_and_many_keys_choose_it(lengths, target, shared, monkeypatch) -> None:
+    chosen = []
+
+    def remember(spec: AttentionSpec, *rest: Any) -> SimpleNamespace:
+        chosen.append(spec)
+        return SimpleNamespace(launch=None)
+
+    monkeypatch.setattr(attention_kernel, "load_best", remember)
+    q, k = torch.empty(1, 4, lengths[0], 64), torch.empty(1, 2, lengths[1], 64)
+    options = {"scale": 0.1, "mask": "k_idx <= q_idx", "normalizer": "softmax", "target": target}
+    attention_kernel._forward_kernel(q, k, k, None, None, **options)
+    assert chosen[0].split == shared and chosen[0].group == 2 and chosen[0].mask == "k_idx <= q_idx"
