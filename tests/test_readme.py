@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 def example() -> str:
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 1, "the README shows one Python example"
-    return blocks[0]
+    return EXAMPLES[0]
 
 
 def test_the_example_is_short() -> None:
@@ -42,6 +44,14 @@ def test_the_example_runs_as_shown(tmp_path: Path) -> None:
     assert (dump / "report.html").is_file()
     assert list(dump.rglob("check.py")), "each kernel comes with its check"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["attention-dump", "cache", "example.py"]
+
+
+def test_the_masks_are_drawn_and_become_passes() -> None:
+    (shown,) = EXAMPLES[1:]
+    names: dict[str, Any] = {}
+    exec(shown, names)
+    assert names["static"].mask.text and "threshold=0.9" in names["dynamic"].options()["select"]
+    assert names["picture"].axes
 
 
 def test_tables_come_from_the_code() -> None:
