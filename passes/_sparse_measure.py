@@ -27,8 +27,9 @@ def measure(
 
     after: the replacement, its placeholders in the order of ``values``. own: text of the site's mask before.
     """
-    wanted = (OPS["attention"].overload, OPS["block_attention"].overload)
-    node = next(n for n in after.graph.nodes if n.op == "call_function" and n.target in wanted)
+    # A selector may run an attention of its own before the one it selects for.
+    kinds = (OPS["block_attention"].overload, OPS["attention"].overload)
+    node = next(n for kind in kinds for n in after.graph.nodes if n.op == "call_function" and n.target is kind)
     named: dict[str, Any] = {}
 
     def keep(found: list[Any], result: Any) -> Any:
