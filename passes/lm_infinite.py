@@ -181,26 +181,26 @@ class _Rotation:
 
 def _rotation(item: Any, what: str) -> _Rotation | str:
     """Where queries or keys are rotated; otherwise why they cannot be rotated anew."""
-    between, dim = [], 2
+    between: list[Node] = []
+    dim = 2
     while isinstance(item, Node) and item.target is not ROPE:
-        if is_identity(item):
-            pass
-        elif is_cast(item):
-            between.append(item)
-        elif item.target is aten.transpose.int:
-            swapped = [d % 4 for d in item.args[1:3]]
+        given: Any = item.args
+        if item.target is aten.cat.default:
+            *earlier, last = given[0]
+            if any(not same_size(value(part).numel(), 0) for part in earlier):
+                return f"its {what} are a concatenation (a cache of rotated ones, or channels that are not rotated)"
+            item = last
+            continue
+        if item.target is aten.transpose.int:
+            swapped = [d % 4 for d in given[1:3]]
             if dim in swapped:
                 dim = swapped[1 - swapped.index(dim)]
             between.append(item)
-        elif item.target is aten.cat.default:
-            earlier = [value(part) for part in item.args[0][:-1]]
-            if any(not same_size(part.numel(), 0) for part in earlier):
-                return f"its {what} are a concatenation (a cache of rotated ones, or channels that are not rotated)"
-            item = item.args[0][-1]
-            continue
-        else:
-            break
-        item = item.args[0]
+        elif not is_identity(item):
+            if not is_cast(item):
+                break
+            between.append(item)
+        item = given[0]
     if not isinstance(item, Node) or item.target is not ROPE:
         return f"its {what} come from no rotary embedding, and other positions cannot be limited in distance"
     named = arguments(item)

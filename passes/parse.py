@@ -125,8 +125,8 @@ def _build(name: str, options: str | None, registry: Mapping[str, type[Pass]]) -
         raise error if isinstance(error, BadPassOption) else BadPassOption(f"{name}: {error}") from error
 
 
-def option_types(cls: type[Pass]) -> dict[str, Any]:
-    """The pass's options and their types, in the order of its fields."""
+def option_types(cls: type[Any]) -> dict[str, Any]:
+    """The options of a pass (or another dataclass) and their types, in the order of its fields."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
