@@ -143,6 +143,26 @@ def test_every_way_to_share_the_work(name, lengths, batch, heads, threads, isa):
     check(SPECS[name], isa, make_inputs(SPECS[name], lengths, batch, heads, "heads_last", 1))
 
 
+def test_heads_taken_in_turn_give_what_each_gives_alone():
+    """So many rows that a thread walks over those of heads that lie side by side together."""
+    spec = SPECS["window_half"]
+    launch = kernel(spec, cpu.supported()[0])
+    torch.set_num_threads(1)
+    q, k, v, _, _ = make_inputs(spec, (5500, 5500), 1, 2, "heads_last", 1)
+    bias = (torch.arange(5500) % 7 != 3).expand(1, 1, 1, 5500)
+    out, lse = launch(q, k, v, bias, None, 0.3)
+    for head in range(2):
+        rows = slice(3 * head, 3 * head + 3)
+        alone = launch(q[:, rows], k[:, head : head + 1], v[:, head : head + 1], bias, None, 0.3)
+        assert torch.equal(out[:, rows], alone[0]) and torch.equal(lse[:, rows], alone[1])
+    last = slice(5300, 5500)
+    inputs = [q[:, :, last], *(t[:, :, 5100:] for t in (k, v)), bias[..., 5100:], None]
+    shown = torch.arange(400) <= torch.arange(200)[:, None] + 200
+    shown = shown & (torch.arange(400) > torch.arange(200)[:, None] + 200 - 150) & inputs[3]
+    exact = reference(*(t.double() for t in inputs[:3]), shown.expand(1, 1, 200, 400), None, scale=0.3)
+    torch.testing.assert_close(out[:, :, last].double(), exact, atol=3e-2, rtol=3e-2)
+
+
 @isas
 @pytest.mark.parametrize("name", ["bias", "bias_half", "sigmoid_half", "bias_fp16"])
 @pytest.mark.parametrize("q_len", [2, 40])
