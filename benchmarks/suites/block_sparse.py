@@ -136,12 +136,14 @@ def flex(q: Tensor, k: Tensor, v: Tensor, visible: Visible, counted: bool) -> Ca
     def mask_mod(b: Any, h: Any, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return visible(q_idx, kv_idx)
 
-    sizes = (mask_mod, None, None, q.shape[2], k.shape[2])
+    length = q.shape[2]
     compiled = inductor(flex_attention)
+    # Uncompiled it makes tensors of all pairs, of 8 bytes each.
+    create = inductor(create_block_mask) if counted or length > 8192 else create_block_mask
+    make = functools.partial(create, mask_mod, None, None, length, length, device="cpu")
     if counted:
-        make = inductor(create_block_mask)
-        return lambda: compiled(q, k, v, block_mask=make(*sizes, device="cpu"))
-    block = create_block_mask(*sizes, device="cpu")
+        return lambda: compiled(q, k, v, block_mask=make())
+    block = make()
     return lambda: compiled(q, k, v, block_mask=block)
 
 
