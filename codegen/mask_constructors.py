@@ -53,14 +53,14 @@ def dilated(stride: int) -> Boolean:
 
 def blocks(size: int) -> Boolean:
     """``k_idx // size == q_idx // size``: blocks on the diagonal (Qiu et al., "Blockwise Self-Attention",
-    arXiv:1911.02972, section 3)."""
+    arXiv:1911.02972)."""
     _size("size", size)
     return sympy.Eq(sympy.floor(K / sympy.Integer(size)), sympy.floor(Q / sympy.Integer(size)))
 
 
 def block_causal(size: int) -> Boolean:
     """``k_idx // size <= q_idx // size``: all of the own block and the blocks before it (Fast-dLLM v2, Wu et al.,
-    arXiv:2509.26328, section 3)."""
+    arXiv:2509.26328)."""
     _size("size", size)
     return sympy.Le(sympy.floor(K / sympy.Integer(size)), sympy.floor(Q / sympy.Integer(size)))
 

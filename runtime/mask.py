@@ -234,13 +234,13 @@ def dilated(stride: int) -> Mask:
 
 
 def blocks(size: int) -> Mask:
-    """``k_idx // size == q_idx // size``: blocks on the diagonal (Qiu et al., arXiv:1911.02972, section 3)."""
+    """``k_idx // size == q_idx // size``: blocks on the diagonal (Qiu et al., arXiv:1911.02972)."""
     return _named(mask_constructors.blocks, size)
 
 
 def block_causal(size: int) -> Mask:
     """``k_idx // size <= q_idx // size``: all of the own block and the blocks before it (block diffusion: Fast-dLLM v2,
-    Wu et al., arXiv:2509.26328, section 3)."""
+    Wu et al., arXiv:2509.26328)."""
     return _named(mask_constructors.block_causal, size)
 
 

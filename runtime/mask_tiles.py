@@ -202,11 +202,17 @@ class _Tiles:
         if levels not in self.minima:
             table, last = self._table()
             place = torch.arange(table.shape[0], device=table.device)
+
+            def later(entries: Tensor, shift: int) -> Tensor:
+                """The entries ``shift`` places on; the last one beyond the end."""
+                if isinstance(size := entries.shape[0], int):
+                    return torch.cat((entries[shift:], entries[-1:].expand(min(shift, size))))
+                return entries[(place + shift).minimum(last.view(1))]
+
             least, greatest = [table], [table]
             for level in range(levels - 1):
-                beyond = (place + (1 << level)).minimum(last.view(1))
-                least.append(torch.minimum(least[-1], least[-1][beyond]))
-                greatest.append(torch.maximum(greatest[-1], greatest[-1][beyond]))
+                least.append(torch.minimum(least[-1], later(least[-1], 1 << level)))
+                greatest.append(torch.maximum(greatest[-1], later(greatest[-1], 1 << level)))
             self.minima[levels] = torch.cat(least), torch.cat(greatest)
         return self.minima[levels]
 
