@@ -82,7 +82,7 @@ class Shape:
         return not self.window and not self.pattern
 
 
-SHAPES = (
+SHAPES: tuple[Shape, ...] = (
     Shape("causal-4k", 4, 16, 4096),
     Shape("causal-16k", 1, 16, 16384),
     Shape("causal-4k-64", 4, 32, 4096, dim=64),
@@ -295,12 +295,16 @@ def lists_problem(
     )
 
 
+def _to(device: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.to(device), k.to(device), v.to(device)
+
+
 def selector_problem(length: int, heads: int, name: str, device: str = "cuda") -> Problem:
     """Choosing the blocks and attending to them, beside dense causal SDPA. Tokens as in block_sparse.py's topics."""
     from ...passes.selectors import parse_selector
     from ._selection import whole_site
 
-    q, k, v = given = tuple(t.to(device) for t in block_sparse.topical(heads, length, torch.bfloat16))
+    q, k, v = given = _to(device, *block_sparse.topical(heads, length, torch.bfloat16))
     case = Shape("selector", 1, heads, length, q.shape[3])
     whole = Sample(q, k, v, lambda row, column: column <= row)
     chosen = block_sparse.SELECTORS[name]
