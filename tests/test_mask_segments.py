@@ -61,7 +61,7 @@ def check_segments(text, index, q_len, k_len, tile, exact=False):
 
 @given(limited, st.sampled_from([symbols.K, symbols.Q]), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
 @example("(not (k_idx // 3 == 2 * q_idx + 1))", symbols.Q, 7, 9, 3)
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_segments_enclose_what_is_visible(text, index, q_len, k_len, tile):
     check_segments(text, index, q_len, k_len, tile, exact=bounds.closed_form(text))
 

@@ -76,7 +76,7 @@ tiled = combined(st.one_of(comparisons, lines, congruences, lookups), 4)
 @given(tiled, lengths, lengths, sizes, sizes)
 @example("(table(table(q_idx) + 4 * table(k_idx)) > 0)", 13, 13, 4, 4)
 @example("((q_idx - k_idx) % 3 == k_idx % 2)", 7, 7, 2, 2)
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_states_are_sound(text, q_len, k_len, block_q, block_k):
     check_states(text, q_len, k_len, block_q, block_k)
 

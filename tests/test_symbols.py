@@ -55,7 +55,7 @@ KERNEL_NAMES = {"lookup": lookup, "table": None, "table_len": len(TABLE)}
 @example("(0 - q_idx) < (q_idx // 2)", 4, 1)
 @example("q_idx < (q_idx % 3) * 2 % 3", 3, 1)
 @example("k_idx <= 0 - q_idx % 3 * (k_idx // 2)", 6, 6)
-@settings(max_examples=120)
+@settings(max_examples=80)
 def test_every_printed_form_means_what_was_written(text, q_len, k_len):
     mask = parse_mask(text)
     printed = mask_text(mask)
@@ -246,7 +246,7 @@ solvable = st.lists(st.one_of(lines, lines, comparisons), min_size=1, max_size=3
 
 
 @given(solvable, st.sampled_from([symbols.K, symbols.Q]), st.integers(2, 9), st.integers(2, 9), st.integers(1, 4))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_tile_bounds_enclose_what_is_visible(text, index, q_len, k_len, tile):
     """Outside the needed part no pair is visible; inside the full part every pair is."""
     limits = bounds.tile_bounds(text, index)
