@@ -104,7 +104,8 @@ def make_launch(
             dbias = empty((bias.shape[0], bias.shape[1], q_len if bias_rows else 1, k_len), torch.float32)
         if shift_wanted:
             dshift = empty((batch, heads, q_len), torch.float32)
-        pointers = (q, k, v, grad, out, bias, shift, lse, grad_lse, counts_t, indices_t, table, dq, dk, dv, dbias, dshift)
+        inputs = (q, k, v, grad, out, bias, shift, lse, grad_lse, counts_t, indices_t, table)
+        pointers = (*inputs, dq, dk, dv, dbias, dshift)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in pointers]
         function(torch.get_num_threads(), scale, *addresses, layout)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dshift
