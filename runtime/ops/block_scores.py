@@ -140,10 +140,9 @@ def _spec(dtype: str, mask: str, block_k: int, channels: int, target: str) -> Bl
         return BlockScoresSpec(dtype=dtype, mask=text)
     # The interpreter pays for every operation and little for its size; a tile of channels is no wider than they are.
     width = min(64 if target == "triton" else 256, max(16, 1 << (channels - 1).bit_length()))
-    small = dtype == "float32" and target == "triton"
-    return BlockScoresSpec(
-        dtype=dtype, mask=text, block_k=block_k, block_m=64, block_n=64, block_c=32 if small and width > 32 else width
-    )
+    float32 = dtype == "float32" and target == "triton"  # multiplied without tensor cores, in registers
+    width = min(width, 32) if float32 else width
+    return BlockScoresSpec(dtype=dtype, mask=text, block_k=block_k, block_c=width, num_warps=8 if float32 else 4)
 
 
 LIBRARY.define(
