@@ -117,7 +117,7 @@ class BlockSparseAttention(Pass):
                     f"the mask asked for contradicts the model's own ({own.text}): together they hide every pair"
                 )
         selector = self._selector()
-        if selector is not None and (why := selector.why_not(site, self._sizes()[1])):
+        if selector is not None and (why := selector.why_not(site, self._sizes())):
             return Decline(why)
         if selector is not None:
             exactness = Exactness.APPROXIMATE

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from test_dump import folders, without_tilewright
+from torch import Tensor, nn
 
 import tilewright as tw
 from tilewright.frontend.dump import dump
@@ -57,3 +59,21 @@ def test_a_wrong_kernel_fails_its_check(dumped, tmp_path) -> None:
 def test_without_a_compiler_the_check_says_what_to_install(dumped, tmp_path) -> None:
     done = without_tilewright(folders(dumped)["attention"], PATH=str(tmp_path), CXX="")
     assert done.returncode == 1 and "install g++ or clang++" in done.stderr
+
+
+class _Attention(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_the_kernels_that_choose_blocks_check_themselves(tmp_path) -> None:
+    q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    documents = tw.mask.documents([0] * 30 + [1] * 70)
+    one = tw.passes.BlockSparseAttention(mask=documents, select="xattention(stride=8,threshold=0.7)", block_size=32)
+    compiled = tw.compile(_Attention(), [one], (q, k, v), dynamic_shapes=[None] * 3, rest="eager", target="cpp")
+    found = folders(dump(compiled, tmp_path / "sparse"))
+    assert set(found) == {"attention", "attention_backward", "block_scores", "select_blocks"}
+    for kind, folder in found.items():
+        done = without_tilewright(folder)
+        assert done.returncode == 0 and done.stdout.startswith(f"ok {kind}-"), f"{kind}: {done.stdout}{done.stderr}"
+    assert "table" in (found["attention"] / "kernel.cpp").read_text()
