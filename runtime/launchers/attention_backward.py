@@ -57,8 +57,8 @@ def make_launch(
             sizes, steps = ((1,) * dims, (0,) * dims) if tensor is None else (tensor.shape, tensor.stride())
             numbers += [0 if size == 1 else step for size, step in zip(sizes[:dims], steps[:dims], strict=True)]
         if counts is not None and indices is not None:
-            steps = [0 if size == 1 else step for size, step in zip(counts.shape, counts.stride(), strict=True)]
-            numbers += [*steps[:2], counts.shape[2], indices.shape[3]]
+            apart = [0 if size == 1 else step for size, step in zip(counts.shape, counts.stride(), strict=True)]
+            numbers += [*apart[:2], counts.shape[2], indices.shape[3]]
         else:
             numbers += [0, 0, 0, 0]
         numbers.append(0 if table is None else table.shape[0])

@@ -162,8 +162,10 @@ def _spec_lse(
     block_k: int,
     target: str,
 ) -> AttentionSpec:
-    sizes = {"block_q": block_q, "block_k": block_k}
-    return spec(q, k, v, counts, indices, bias, None, table, scale=scale, mask=mask, target=target, **sizes)
+    return spec(
+        q, k, v, counts, indices, bias, None, table,
+        scale=scale, mask=mask, block_q=block_q, block_k=block_k, target=target,
+    )  # fmt: skip
 
 
 def _block_attention(
