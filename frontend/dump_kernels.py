@@ -315,7 +315,8 @@ def _folder(
         tensors, source = traced_reference(op, {**example.arguments, **grads}, wrt)
     else:
         tensors, source = traced_reference(op, example.arguments, None)
-        wrt = ["out"]
+        returns = op.overload._schema.returns
+        wrt = ["out"] if len(returns) == 1 else [one.name or f"out{i}" for i, one in enumerate(returns)]
     dtype = next(t for t in tensors.values() if t.dtype.is_floating_point).dtype
     tolerance = op.tolerance[dtype]
     call = {
