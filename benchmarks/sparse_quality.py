@@ -82,16 +82,12 @@ def _selected(method: str, text: str) -> Setting:
 DENSE = Setting("dense")
 SETTINGS = (
     DENSE,
-    _window(1024),
-    _window(256),
-    _selected("XAttention", "threshold=0.9"),
-    _selected("XAttention", "threshold=0.6"),
-    _selected("ProxyAttn", "threshold=0.9, least=512"),
+    *(_window(size) for size in (2048, 1024, 256)),
+    *(_selected("XAttention", f"threshold={mass}") for mass in (0.98, 0.9, 0.6)),
+    *(_selected("ProxyAttn", text) for text in ("threshold=0.98, least=1024", "threshold=0.9, least=512")),
     _selected("ProxyAttn", "threshold=0.6, least=256"),
-    _selected("PBS", "threshold=0.9"),
-    _selected("PBS", "threshold=0.6"),
-    _selected("DHSA", "budget=1024"),
-    _selected("DHSA", "budget=512"),
+    *(_selected("PBS", f"threshold={mass}") for mass in (0.98, 0.9, 0.6)),
+    *(_selected("DHSA", f"budget={keys}") for keys in (2048, 1024, 512)),
 )
 PARTS = (*(f"text{n}" for n in range(SEQUENCES)), *(f"needle{n}" for n in range(len(DEPTHS))))
 
