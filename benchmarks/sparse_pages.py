@@ -28,7 +28,7 @@ def quality(study: dict[str, Any]) -> str:
         lines.append(
             [
                 row["method"],
-                row["setting"].replace("threshold", "mass") or tables.NOTHING,
+                row["setting"] or tables.NOTHING,
                 f"{row['density']:.0%}" if "density" in row else tables.NOTHING,
                 f"{row['perplexity']:.2f}" if "perplexity" in row else tables.NOTHING,
                 f"{row['kl']:.4f}" if row.get("kl") is not None else tables.NOTHING,
