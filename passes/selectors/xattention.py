@@ -72,6 +72,13 @@ def antidiagonal_scores(emit: Emit, inputs: SelectorInputs, k: Node, mask: str, 
 def _strided(emit: Emit, x: Node, stride: int, *, backwards: bool) -> Node:
     """x (B, H, L, D) with ``stride`` rows side by side: (B, H, ceil(L / stride), stride * D)."""
     groups = emit.ceil(emit.size(x, 2), stride)
+    length = emit.size(x, 2)
+    if isinstance(length, int) and length % stride == 0:  # nothing beyond the end: a view where x allows one
+        sizes = [emit.size(x, dim) for dim in range(4)]
+        if backwards:
+            x = emit.call(aten.reshape.default, x, [*sizes[:2], groups, stride, sizes[3]])
+            x = emit.call(aten.flip.default, x, [3])
+        return emit.call(aten.reshape.default, x, [*sizes[:2], groups, emit.times(sizes[3], stride)])
     index = emit.arange(x, emit.times(groups, stride))
     if backwards:
         device = value(x).device
