@@ -311,7 +311,9 @@ def _training_graph(compiled: CompiledModule, program: ExportedProgram, paramete
         if group != parameters:
             continue
         if by_gradient:
-            trained[name] = torch.nn.Parameter(module._buffers.pop(name))  # type: ignore[arg-type]
+            start = module.get_buffer(name)
+            delattr(module, name)
+            trained[name] = torch.nn.Parameter(start)
             module.register_parameter(name, trained[name])
         tensors[name] = module.get_parameter(name) if by_gradient else module.get_buffer(name)
     lower(module, compiled.options.target, "eager")
