@@ -45,7 +45,7 @@ types: $(STAMP)
 	$(BIN)/python scripts/check_types.py
 
 test: lint types
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not grid" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not grid" $(PYTEST_ARGS)
 
 grid: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m grid $(PYTEST_ARGS)
