@@ -13,8 +13,8 @@ kept for the keys (the keys, or one latent shared by all heads), Hv heads of Dv 
 
 and the same for values, whose scale and offset are (B, Hv, S, Dv / value_group): per token and group of channels. With
 pages, tensors with S are (N, H, page, ...), and a table (B, S / page) says which page a token lies in; the recent
-tokens have no pages. Keys per channel and values per token: "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
-Liu et al. 2024, section 3; correction and outliers: "GEAR", Kang et al. 2024, section 3.
+tokens have no pages. Keys per channel and values per token: "KIVI: A Tuning-Free Asymmetric 2bit Quantization for
+KV Cache", Liu et al. 2024, section 3; correction and outliers: "GEAR", Kang et al. 2024, section 3.
 """
 
 from __future__ import annotations

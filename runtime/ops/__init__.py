@@ -3,18 +3,8 @@
 from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canonical
 
 # Each module registers its op on import; a new op is one more file and one more name here.
-from . import (
-    attention,
-    attention_parts,
-    cached_attention,
-    gated_mlp,
-    layer_norm,
-    linear,
-    rms_norm,
-    rope,
-    softmax,
-    visible_keys,
-)  # isort: skip
+from . import attention, attention_parts, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
+from . import cached_attention  # isort: skip
 from . import attention_lse, block_attention, block_lists, block_states, merge_attention  # isort: skip
 from . import block_scores, select_blocks  # isort: skip
 from . import gated_attention, group_attention, routed_attention  # isort: skip

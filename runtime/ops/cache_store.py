@@ -1,8 +1,8 @@
 """The store of a KV cache in plain PyTorch: append tokens, read them back, rebuild keys from latents.
 
 The definition of what every kernel on a store computes; layouts are in :mod:`tilewright.codegen.cache_format`. All
-functions take a store as a mapping by name. ``length`` int32 (B,) counts the tokens held before an append, padding included;
-``first`` int32 (B,) is the first token that is none.
+functions take a store as a mapping by name. ``length`` int32 (B,) counts the tokens held before an append, padding
+included; ``first`` int32 (B,) is the first token that is none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Store = Mapping[str, Tensor]
 
 
 def named(store: Sequence[Tensor], form: CacheFormat) -> dict[str, Tensor]:
-    """The list ``store`` by name. Raises :class:`~tilewright.runtime.errors.BadArgument` for another number of tensors."""
+    """The list ``store`` by name. Raises :class:`~tilewright.runtime.errors.BadArgument` for too many or too few."""
     names = form.names()
     if len(store) != len(names):
         raise BadArgument(f"the cache holds {len(store)} tensors, but its format has {', '.join(names)}")
@@ -81,7 +81,7 @@ def _read_side(side: str, store: Store, length: Tensor, tokens: int, pages: Tens
 
 
 def rounded(x: Tensor, side: str, form: CacheFormat) -> Tensor:
-    """x (B, H, L, D) as it comes back from the store once its groups are quantized; a last, incomplete group is whole."""
+    """x (B, H, L, D) as it comes back from the store once its groups are quantized; an incomplete last one is whole."""
     if not (form.bits_k if side == "k" else form.bits_v):
         return x
     raise BadArgument("quantized caches are not there yet")
@@ -90,9 +90,9 @@ def rounded(x: Tensor, side: str, form: CacheFormat) -> Tensor:
 def rebuild_keys(kept: Tensor, rebuild: Sequence[Tensor], positions: Tensor, form: CacheFormat) -> Tensor:
     """The keys (B, Hk, L, D) behind what is kept of them, (B, Hs, L, Ds); the same tensor when that is keys already.
 
-    Latent: ``rope(norm(U c + bias))`` with ``rebuild`` = U (Hk, D, r), then as the format says bias (Hk, D), norm weight (D,),
-    cos and sin (P, rotary / 2) by position. positions: int (B, L), clamped to the tables. Rounded to kept's dtype
-    after the product, the norm and the rotation, as models do.
+    Latent: ``rope(norm(U c + bias))`` with ``rebuild`` = U (Hk, D, r), then as the format says bias (Hk, D), norm
+    weight (D,), cos and sin (P, rotary / 2) by position. positions: int (B, L), clamped to the tables. Rounded to
+    kept's dtype after the product, the norm and the rotation, as models do.
     """
     if not form.latent:
         return kept

@@ -1,8 +1,8 @@
 """``tilewright::cached_attention``: causal self-attention whose keys and values go through a KV cache.
 
-Two ops. ``cached_attention`` is the canonical one that passes see: pure, all keys are the call's own, and what the cache
-does to them (factoring, quantizing) is applied as decoding would meet it, so it can be validated, calibrated, measured
-and trained. ``cached_attention_step`` is what a compiled decoder runs: it appends the call's tokens to the store and
+Two ops. ``cached_attention`` is the canonical one that passes see: pure, all keys are the call's own, and what the
+cache does to them (factoring, quantizing) is applied as decoding would meet it, so it can be validated, calibrated,
+measured and trained. ``cached_attention_step`` is what a compiled decoder runs: it appends the tokens to the store and
 attends to everything in it. The frontend turns the one into the other.
 
     keys(j)     rebuild(kept(j)): the keys themselves, or rope(norm(U c + bias)) of latents
@@ -41,9 +41,9 @@ def reference(
 ) -> Tensor:
     """Attention as decoding with the cache computes it, for all tokens at once.
 
-    q (B, Hq, L, D); k (B, Hs, L, Ds): keys, or latents; v (B, Hv, L, Dv) with Hs dividing Hv, Hv dividing Hq. bias: bool
-    (B, 1, 1, L), which keys are no (left) padding. rebuild: see :func:`cache_store.rebuild_keys`. Returns (B, Hq, L, Dv)
-    in q's dtype.
+    q (B, Hq, L, D); k (B, Hs, L, Ds): keys, or latents; v (B, Hv, L, Dv); Hs divides Hv, Hv divides Hq. bias: bool
+    (B, 1, 1, L), which keys are no (left) padding. rebuild: see :func:`cache_store.rebuild_keys`. Returns
+    (B, Hq, L, Dv) in q's dtype.
     """
     return _pure(q, k, v, bias, rebuild, scale, mask, normalizer, parse_format(format), "reference", exact=True)
 
@@ -153,8 +153,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, form: CacheFormat) -> None:
         raise BadArgument(f"cached_attention: a latent has one head, not {k.shape[1]}")
     if not k.shape[1] or v.shape[1] % k.shape[1] or q.shape[1] % v.shape[1]:
         raise BadArgument(
-            f"cached_attention: {k.shape[1]} key heads, {v.shape[1]} value heads and {q.shape[1]} query heads: each must "
-            "divide the next"
+            f"cached_attention: {k.shape[1]} key heads, {v.shape[1]} value heads and {q.shape[1]} query heads: each "
+            "must divide the next"
         )
 
 
@@ -176,8 +176,8 @@ def _step(
 ) -> Tensor:
     """Append this call's tokens, then attend. See :func:`tilewright.runtime.ops.cached_attention.reference`.
 
-    store: the tensors of :meth:`CacheFormat.store` in order, written in place; k and v: what is kept of the call's tokens.
-    length, first: int32 (B,), left as they are: the caller advances ``length`` when the whole call has succeeded.
+    store: the tensors of :meth:`CacheFormat.store` in order, written in place; k and v: what is kept of the call's
+    tokens. length, first: int32 (B,), left as they are: the caller advances ``length`` when the call has succeeded.
     """
     form = parse_format(format)
     _check(q, k, v, form)
