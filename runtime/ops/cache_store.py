@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ...codegen.cache_format import CacheFormat
 from ..errors import BadArgument
-from . import rms_norm, rope
+from . import cache_codes, rms_norm, rope
 
 Store = Mapping[str, Tensor]
+PARTS = ("codes", "scale", "offset", "left", "right", "outlier", "place")
+"""What :func:`cache_codes.quantize` gives, in the store's order."""
 
 
 def named(store: Sequence[Tensor], form: CacheFormat) -> dict[str, Tensor]:
@@ -44,7 +46,61 @@ def append(k: Tensor, v: Tensor, store: Store, length: Tensor, pages: Tensor | N
 def _append_quantized(
     side: str, fresh: Tensor, store: Store, length: Tensor, pages: Tensor | None, form: CacheFormat
 ) -> None:
-    raise BadArgument("quantized caches are not there yet")
+    """Quantize the groups that this call completes, of tokens from the ring and the call's own; then renew the ring."""
+    recent, start, count = store[f"{side}_recent"], length.to(torch.int64), fresh.shape[2]
+    fresh = fresh.to(recent.dtype)
+    done, then = (_quantized_tokens(held, form) // form.group for held in (start, start + count))
+    block = done[:, None] + torch.arange(-(-count // form.group), device=fresh.device)
+    row, place = (block < then[:, None]).nonzero(as_tuple=True)
+    if len(row):
+        block = block[row, place]
+        tokens = block[:, None] * form.group + torch.arange(form.group, device=fresh.device)  # (N, group)
+        behind = (tokens - start[row, None])[..., None, None]
+        own = fresh[row[:, None], :, behind[..., 0, 0].clamp_min(0)]  # (N, group, H, D)
+        x = torch.where(behind >= 0, own, recent[row[:, None], :, tokens % form.ring]).transpose(1, 2)
+        for name, part in quantize_side(x, side, form).items():
+            _write_blocks(store[f"{side}_{name}"], part, row, block, _of_token(name, side), pages, form)
+    kept = min(count, form.ring)  # older tokens of the call would land on the same slots
+    at = (start + count - kept)[:, None] + torch.arange(kept, device=fresh.device)
+    rows = torch.arange(len(at), device=fresh.device)[:, None]
+    recent[rows, :, at % form.ring] = fresh[:, :, count - kept :].transpose(1, 2)
+
+
+def quantize_side(x: Tensor, side: str, form: CacheFormat) -> dict[str, Tensor]:
+    """The parts of blocks x (..., H, group, D) as the format wants them: :func:`cache_codes.quantize`."""
+    keys = side == "k"
+    return cache_codes.quantize(
+        x,
+        form.bits_k if keys else form.bits_v,
+        keys=keys,
+        value_group=form.value_group,
+        rank=form.correction,
+        outliers=form.outliers,
+    )
+
+
+def _of_token(name: str, side: str) -> bool:
+    """Whether a part has a row for each token; the others have one for each group."""
+    return name in ("codes", "left") or (side == "v" and name in ("scale", "offset"))
+
+
+def _quantized_tokens(held: Tensor, form: CacheFormat) -> Tensor:
+    """:meth:`CacheFormat.quantized_tokens` of each sequence."""
+    return (held - form.window).clamp_min(0) // form.group * form.group
+
+
+def _write_blocks(
+    data: Tensor, part: Tensor, row: Tensor, block: Tensor, of_token: bool, pages: Tensor | None, form: CacheFormat
+) -> None:
+    """Write part (N, H, group, ...) or (N, H, ...), of group ``block[n]`` of sequence ``row[n]``."""
+    if pages is not None:
+        share = form.page // form.group
+        row, block = pages.to(torch.int64)[row, block // share], block % share
+    if of_token:
+        tokens = block[:, None] * form.group + torch.arange(form.group, device=data.device)
+        data[row[:, None], :, tokens] = part.transpose(1, 2)
+    else:
+        data[row, :, block] = part
 
 
 def write_rows(data: Tensor, fresh: Tensor, length: Tensor, pages: Tensor | None, page: int) -> None:
@@ -65,26 +121,79 @@ def rows_of(data: Tensor, tokens: int, pages: Tensor | None, share: int = 1) -> 
     return data[:, :, : -(-tokens // share)]
 
 
-def read(store: Store, length: Tensor, pages: Tensor | None, form: CacheFormat) -> tuple[Tensor, Tensor]:
+def read(
+    store: Store, length: Tensor, pages: Tensor | None, form: CacheFormat, ahead: int = 0
+) -> tuple[Tensor, Tensor]:
     """What the store holds of its first ``length[b]`` tokens, whole: (B, Hs, T, Ds), (B, Hv, T, Dv), T = max(length).
 
-    Rows at and after ``length[b]`` hold anything.
+    ahead: how many more tokens than these it holds; they decide which of the older ones are quantized. Rows at and
+    after ``length[b]`` hold anything.
     """
     tokens = int(length.max()) if len(length) else 0
-    return _read_side("k", store, length, tokens, pages, form), _read_side("v", store, length, tokens, pages, form)
+    held = length + ahead
+    return _read_side("k", store, held, tokens, pages, form), _read_side("v", store, held, tokens, pages, form)
 
 
-def _read_side(side: str, store: Store, length: Tensor, tokens: int, pages: Tensor | None, form: CacheFormat) -> Tensor:
-    if not (form.bits_k if side == "k" else form.bits_v):
+def _read_side(side: str, store: Store, held: Tensor, tokens: int, pages: Tensor | None, form: CacheFormat) -> Tensor:
+    """held: (B,), tokens in the store. tokens: how many to give back."""
+    bits = form.bits_k if side == "k" else form.bits_v
+    if not bits:
         return rows_of(store[side], tokens, pages)
-    raise BadArgument("quantized caches are not there yet")
+    recent = store[f"{side}_recent"]
+    at = torch.arange(tokens, device=recent.device)
+    whole = recent[:, :, at % form.ring]
+    coded = _quantized_tokens(held.to(torch.int64), form)
+    blocks = min(-(-tokens // form.group), int(coded.max()) // form.group if len(coded) else 0)
+    if not blocks:
+        return whole
+    parts = {}
+    for name in PARTS:
+        if (data := store.get(f"{side}_{name}")) is not None:
+            of_token = _of_token(name, side)
+            part = rows_of(data, blocks * form.group, pages, 1 if of_token else form.group)
+            parts[name] = part.unflatten(2, (blocks, form.group)) if of_token else part
+    old = cache_codes.dequantize(parts, bits, keys=side == "k", dtype=recent.dtype).flatten(2, 3)[:, :, :tokens]
+    return torch.cat(
+        (
+            torch.where((at < coded[:, None])[:, None, : old.shape[2], None], old, whole[:, :, : old.shape[2]]),
+            whole[:, :, old.shape[2] :],
+        ),
+        dim=2,
+    )
+
+
+def restore_recent(store: Store, before: Tensor, after: Tensor, pages: Tensor | None, form: CacheFormat) -> None:
+    """Make the rings right again where sequences are cut from ``before`` to ``after`` tokens, int (B,), in place.
+
+    A token that is to be whole again and whose slot a newer one has taken comes back as its codes give it: what
+    rounding took is gone. A token that still has its slot is whole as before.
+    """
+    start = _quantized_tokens(after.to(torch.int64), form)
+    end = torch.minimum(after, before - form.ring).to(torch.int64)
+    row, place = (torch.arange(form.ring, device=start.device) < (end - start)[:, None]).nonzero(as_tuple=True)
+    if not len(row):
+        return
+    token = start[row] + place
+    for side, bits in (("k", form.bits_k), ("v", form.bits_v)):
+        if bits:
+            old = _read_side(side, store, before, int(token.max()) + 1, pages, form)
+            store[f"{side}_recent"][row, :, token % form.ring] = old[row, :, token]
 
 
 def rounded(x: Tensor, side: str, form: CacheFormat) -> Tensor:
-    """x (B, H, L, D) as it comes back from the store once its groups are quantized; an incomplete last one is whole."""
-    if not (form.bits_k if side == "k" else form.bits_v):
+    """x (B, H, L, D) as it comes back from the store once its groups are quantized; a last, incomplete group is whole.
+
+    Gradients pass as if nothing had been rounded (a straight-through estimate).
+    """
+    bits = form.bits_k if side == "k" else form.bits_v
+    blocks = x.shape[2] // form.group
+    if not bits or blocks == 0:
         return x
-    raise BadArgument("quantized caches are not there yet")
+    inner = x.detach()
+    groups = inner[:, :, : blocks * form.group].unflatten(2, (blocks, form.group))
+    old = cache_codes.dequantize(quantize_side(groups, side, form), bits, keys=side == "k", dtype=x.dtype)
+    result = torch.cat((old.flatten(2, 3), inner[:, :, blocks * form.group :]), dim=2)
+    return x + (result - inner) if x.requires_grad and torch.is_grad_enabled() else result
 
 
 def rebuild_keys(kept: Tensor, rebuild: Sequence[Tensor], positions: Tensor, form: CacheFormat) -> Tensor:

@@ -207,7 +207,7 @@ def _attend_all(
     fresh = torch.arange(k.shape[2], device=k.device)
     at = length[:, None] + fresh  # (B, L): the call's tokens
     if held:
-        old_k, old_v = cache_store.read(store, length, pages, form)
+        old_k, old_v = cache_store.read(store, length, pages, form, ahead=fresh.numel())
         index = torch.cat((torch.arange(held, device=k.device).expand(len(length), held), at), dim=1)
         k, v = torch.cat((old_k.to(k.dtype), k), dim=2), torch.cat((old_v.to(v.dtype), v), dim=2)
     else:
