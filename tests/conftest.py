@@ -34,6 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        # Row kernels have no AMX instructions, and AVX2 is the same text with shorter vectors.
+        isa = getattr(item, "callspec", None) and item.callspec.params.get("cpu_isa")
+        if isa in ("amx", "avx2") and getattr(item, "module", None) and hasattr(item.module, "ROW_KERNELS"):
+            item.add_marker(pytest.mark.grid)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
