@@ -3,7 +3,9 @@
 from .base import Builder, Decline, Exactness, NearMiss, Needs, Pass, Rewrite, SiteContext
 from .block_sparse_attention import BlockSparseAttention
 from .focus_attention import FocusAttention
+from .gear import GEAR
 from .lm_infinite import LMInfinite
+from .quantize_kv import QuantizeKV
 from .routing_transformer import RoutingTransformer
 from .sigmoid_attention import SigmoidAttention
 from .two_pass_softmax import TwoPassSoftmax
@@ -18,10 +20,13 @@ PASSES: dict[str, type[Pass]] = {
         LMInfinite,
         FocusAttention,
         RoutingTransformer,
+        QuantizeKV,
+        GEAR,
     )
 }
 
 __all__ = [
+    "GEAR",
     "PASSES",
     "BlockSparseAttention",
     "Builder",
@@ -32,6 +37,7 @@ __all__ = [
     "NearMiss",
     "Needs",
     "Pass",
+    "QuantizeKV",
     "Rewrite",
     "RoutingTransformer",
     "SigmoidAttention",
