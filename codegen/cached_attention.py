@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import sympy
 
+from . import cache_triton
 from .attention import MAX_HEAD_DIM, NORMALIZERS
 from .cache_format import CacheFormat, parse_format
 from .mask_logic import implies
@@ -91,7 +92,10 @@ class CachedAttentionSpec(_CacheSpec):
     """
 
     kind: ClassVar[str] = "cached_attention"
-    templates: ClassVar[dict[str, str]] = {"cpp": "cpp/cached_attention.cpp.jinja"}
+    templates: ClassVar[dict[str, str]] = {
+        "triton": "triton/cached_attention.py.jinja",
+        "cpp": "cpp/cached_attention.cpp.jinja",
+    }
 
     head_dim: int = 64
     normalizer: str = "softmax"
@@ -127,6 +131,9 @@ class CachedAttentionSpec(_CacheSpec):
             isinstance(self.num_stages, int) and 1 <= self.num_stages <= 5,
             f"num_stages is {self.num_stages}, but must be 1 to 5",
         )
+
+    def context(self, target: str) -> dict[str, Any]:
+        return super().context(target) | (cache_triton.attention_context(self) if target == "triton" else {})
 
 
 @lru_cache(maxsize=256)

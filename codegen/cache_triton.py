@@ -1,0 +1,178 @@
+"""What the Triton templates of a KV cache need besides the spec: parts of channels, tiles, and how kernels compile.
+
+Packed codes hold a head's channels in *parts*: byte i has channel i in its low bits, then i + n, i + 2n .. A tile of
+bytes is therefore several tiles of channels, each a contiguous range, and a kernel works on those one after another.
+Whole tensors have one part, or are read in the parts of the codes that they stand beside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .attention import padded
+from .cache_format import CacheFormat
+
+RESIDENT = 256
+"""Channels of queries that a program keeps on chip; beyond it, it reads them in chunks again for every tile."""
+CHUNK = 128
+"""Channels of all parts in a chunk."""
+MAX_ROWS = 64
+"""Rows of queries (heads that share keys times queries) in a tile of a program."""
+MAX_SPLITS = 128
+"""Programs that share a sequence's tokens: each row's partial results are merged by one program."""
+
+_POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8": "*u8", "int16": "*i16"}
+
+
+def power_of_two(number: int) -> int:
+    """The largest power of two that divides ``number``."""
+    return number & -number
+
+
+def key_tile(cache: CacheFormat, wanted: int) -> int:
+    """Keys in a tile: ``wanted``, or fewer where a tile would leave its group of tokens or its page."""
+    limit = power_of_two(cache.group) if cache.quantized else 256
+    if cache.page:
+        limit = min(limit, power_of_two(cache.page))
+    return min(wanted, limit)
+
+
+def side(cache: CacheFormat, bits: int, dim: int, *, keys: bool) -> dict[str, Any]:
+    """One side of the cache: its channels in parts, in tiles of ``block``, read in ``chunks`` runs over a part."""
+    parts = 8 // bits if bits else 1
+    width = dim // parts
+    block = padded(width)
+    if keys and block * parts > RESIDENT:
+        block = max(16, CHUNK // parts)
+    share = cache.value_group or dim
+    return {
+        "bits": bits,
+        "dim": dim,
+        "parts": parts,
+        "width": width,
+        "block": block,
+        "chunks": -(-width // block),
+        # Channels of a part that share a scale: the whole part, or its scale is looked up channel by channel.
+        "share": share,
+        "groups": dim // share,
+        "folds": share % width == 0 and not (cache.correction or cache.outliers),
+        "middle": 2 ** (bits - 1) if bits else 0,
+        "whole_block": padded(dim),
+    }
+
+
+def head(cache: CacheFormat, head_dim: int) -> list[dict[str, Any]]:
+    """The channels of a head as the ranges that a rebuilt key is made in: both halves of the pairs that are rotated,
+    then the rest. first, step: channel i of a range is first + step * i."""
+    half, rest = cache.rotary // 2, head_dim - cache.rotary
+    found: list[dict[str, Any]] = []
+    if half:
+        paired = cache.rotate == "interleaved"
+        for index, name in enumerate(("low", "high")):
+            first, step = (index, 2) if paired else (index * half, 1)
+            found.append({"name": name, "first": first, "step": step, "size": half, "block": padded(half)})
+    if rest:
+        found.append({"name": "rest", "first": cache.rotary, "step": 1, "size": rest, "block": padded(rest)})
+    return found
+
+
+def context(spec: Any) -> dict[str, Any]:
+    """Names for both templates. spec: of codegen/cached_attention.py."""
+    cache = spec.cache
+    return {
+        "keys": side(cache, cache.bits_k, spec.key_dim, keys=True),
+        "values": side(cache, cache.bits_v, spec.value_dim, keys=False),
+        "pointers": _store_pointers(spec),
+    }
+
+
+def _store_pointers(spec: Any) -> dict[str, str]:
+    cache: CacheFormat = spec.cache
+    span = cache.page or cache.group
+    tensors = cache.store(1, span, 1, spec.key_dim, 1, spec.value_dim, spec.dtype)
+    return {name: _pointer(kind) for name, (_, kind) in tensors.items()}
+
+
+def _pointer(kind: str) -> str:
+    return _POINTER.get(kind, "*fp16")
+
+
+def attention_context(spec: Any) -> dict[str, Any]:
+    """Names for the template of cached attention."""
+    tile = key_tile(spec.cache, spec.block_n)
+    return context(spec) | {
+        "ranges": head(spec.cache, spec.head_dim) if spec.cache.latent else [],
+        "block_n": tile,
+        "max_rows": MAX_ROWS,
+        "max_splits": MAX_SPLITS,
+        "compile_entries": attention_entries(spec),
+    }
+
+
+def attention_entries(spec: Any) -> list[dict[str, Any]]:
+    """How each kernel of cached attention is compiled with no GPU, see the text's ``COMPILE``."""
+    cache, element = spec.cache, _POINTER[spec.dtype]
+    softmax = spec.normalizer == "softmax"
+    rebuild = {name: "*fp32" if name in ("cos", "sin") else element for name in cache.rebuild_names()}
+    parts = {"parts": "*fp32"} | ({"peaks": "*fp32", "totals": "*fp32"} if softmax else {})
+    arguments = {"q": element} | rebuild | _store_pointers(spec) | {"length": "*i32", "first": "*i32"}
+    if cache.page:
+        arguments["pages"] = "*i32"
+    arguments |= parts | {"scale": "fp32"}
+    sizes = ["q_heads", "units", "value_heads", "q_len", "capacity", "splits"]
+    if cache.rotate:
+        sizes.append("positions")
+    arguments |= dict.fromkeys(sizes, "i32")
+    arguments |= dict.fromkeys(("q_batch", "q_head", "q_row", "q_dim"), "i32")
+    constants = {"q_dim": 1, "BLOCK_M": 16, "SEVERAL": False}
+    first = _entry("cached_attention_part", arguments, constants, sizes, spec.num_warps, spec.num_stages)
+    merged = parts | {"out": element, "q_heads": "i32", "q_len": "i32", "splits": "i32"}
+    second = _entry("cached_attention_merge", merged, {"BLOCK_SPLITS": 32}, ["q_heads", "q_len", "splits"], 4, 1)
+    return [first, second]
+
+
+def append_context(spec: Any) -> dict[str, Any]:
+    """Names for the template that appends."""
+    return context(spec) | {"compile_entries": append_entries(spec)}
+
+
+def append_entries(spec: Any) -> list[dict[str, Any]]:
+    """How each kernel that appends is compiled with no GPU, see the text's ``COMPILE``."""
+    cache, element = spec.cache, _POINTER[spec.dtype]
+    pointers, entries = _store_pointers(spec), []
+    sizes = ["heads", "tokens", "capacity"]
+    common = {"length": "*i32"} | ({"pages": "*i32"} if cache.page else {}) | dict.fromkeys(sizes, "i32")
+    common |= dict.fromkeys(("x_batch", "x_head", "x_row", "x_dim"), "i32")
+    for name, bits in (("k", cache.bits_k), ("v", cache.bits_v)):
+        constants: dict[str, Any] = {"x_dim": 1}
+        if bits:
+            made = {
+                part.removeprefix(f"{name}_"): kind for part, kind in pointers.items() if part.startswith(f"{name}_")
+            }
+            arguments = {"x": element} | made | common
+            entries.append(_entry(f"quantize_{name}", arguments, constants, sizes, 8, 1))
+        kernel = "append_recent" if bits else "append_rows"
+        constants |= {"DIM": spec.key_dim if name == "k" else spec.value_dim}
+        constants |= {"BLOCK": padded(constants["DIM"]), "BLOCK_L": 16}
+        entries.append(_entry(kernel, {"x": element, "data": element} | common, constants, sizes, 4, 1))
+    return entries
+
+
+def _entry(
+    kernel: str,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    unaligned: list[str],
+    num_warps: int,
+    num_stages: int,
+) -> dict[str, Any]:
+    signature = {name: "constexpr" if name in constants else kind for name, kind in arguments.items()}
+    signature |= {name: "constexpr" for name in constants if name not in arguments}
+    return {
+        "kernel": kernel,
+        "signature": signature,
+        "constexprs": dict(constants),
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "unaligned": list(unaligned),
+    }
