@@ -183,8 +183,13 @@ def register_pytrees(model: torch.nn.Module) -> None:
         executorch.register_dynamic_cache_export_support()
 
 
-def check_example_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs as (tuple, dict). Raises :class:`BadExampleInputs` when the signature does not accept them."""
+def check_example_inputs(
+    model: torch.nn.Module, args: Any, kwargs: Any, *, partly: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs as (tuple, dict). Raises :class:`BadExampleInputs` when the signature does not accept them.
+
+    partly: arguments may be missing; they are made later.
+    """
     if isinstance(args, torch.Tensor):
         raise BadExampleInputs("example_inputs must be a tuple of the model's positional inputs: write (x,), not x")
     if not isinstance(args, tuple | list):
@@ -192,7 +197,8 @@ def check_example_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> tupl
     if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
         raise BadExampleInputs("example_kwargs must be a dict of keyword arguments")
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        signature = inspect.signature(model.forward)
+        (signature.bind_partial if partly else signature.bind)(*args, **kwargs)
     except TypeError as error:
         raise BadExampleInputs(f"{type(model).__name__}.forward does not accept the example inputs: {error}") from error
     return tuple(args), dict(kwargs)

@@ -13,10 +13,15 @@ from ..passes.manager import check_needs
 from ..runtime.announce import announce
 from ..runtime.errors import BadArgument, BadExampleInputs, CaptureError
 from .backend import require_changes
+from .cached_program import cache_pass
 from .capture import check_example_inputs, first_line, untouched
 from .choices import Memory, Rest, Target
 from .compiled import CompiledModule
+from .decode_form import DecodeForm, named_call
 from .options import Options
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def compile(
@@ -64,6 +69,11 @@ def compile(
     if example_inputs is None and example_kwargs is None and batches:
         example_inputs, example_kwargs = batches[0]
     compiled = CompiledModule(model, options)
+    if cache_pass(options.passes) is not None:
+        if dynamic_shapes is not None:
+            raise BadArgument("with a KV cache every size varies that can: leave dynamic_shapes out")
+        _capture_decoder(compiled, model, example_inputs, example_kwargs, batches)
+        return compiled
     if example_inputs is None and example_kwargs is None:
         if dynamic_shapes is not None:
             raise BadArgument("dynamic_shapes describes example inputs: give example_inputs or example_kwargs too")
@@ -86,7 +96,20 @@ def compile(
     return compiled
 
 
-def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _capture_decoder(
+    compiled: CompiledModule, model: torch.nn.Module, args: Any, kwargs: dict[str, Any] | None, batches: list[Call]
+) -> None:
+    """Bring example inputs and calibration batches into the form that decoders are captured in, and capture."""
+    args, kwargs = check_example_inputs(model, () if args is None else args, kwargs or {}, partly=True)
+    named = named_call(model, args, kwargs)
+    form = DecodeForm.of(model, named)
+    calibration = [((), form.complete(named_call(model, *batch))) for batch in batches]
+    compiled.capture_decoder(form, form.captured(model, named), calibration)
+    if compiled.options.strict:
+        require_changes(compiled.options, compiled.records)
+
+
+def as_call(batch: Any) -> Call:
     """A calibration batch as (args, kwargs). Raises :class:`BadArgument` for anything but tensor, tuple or mapping."""
     if isinstance(batch, torch.Tensor):
         return (batch,), {}

@@ -13,11 +13,14 @@ import torch
 import torch.fx
 from torch._dynamo.exc import BackendCompilerFailed
 
-from ..runtime.errors import TilewrightError
+from ..runtime.errors import BadArgument, TilewrightError
 from . import assemble
 from .backend import GraphProgram, compile_graph, require_changes
 from .bisection import Contribution, measure
+from .cached_program import CachedProgram
 from .capture import GraphBreaks
+from .decode_form import DecodeForm
+from .decoder_cache import DecoderCache
 from .exported import ExportedProgram
 from .inputs import by_name
 from .lower import KernelUse
@@ -53,6 +56,8 @@ class CompiledModule(torch.nn.Module):
         self._listeners: list[Any] = []
         self._tuned: dict[str, torch.Tensor] = {}
         self._dynamo_forward: Any = None
+        self._form: DecodeForm | None = None
+        self._decoders: dict[tuple[Any, ...], CachedProgram] = {}
         self.forward = _same_signature(self._call, model)
         if callable(getattr(type(model), "generate", None)):
             self.generate = self._generate
@@ -65,6 +70,8 @@ class CompiledModule(torch.nn.Module):
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``, its steps going through the compiled forward."""
         model = self._orig_mod
+        if self._form is not None:
+            kwargs = self._decoder().for_generate(kwargs)
         # generate() looks helpers up on type(self), so it needs an object of the model's class: one that shares
         # everything with the model but its forward.
         shell: Any = object.__new__(type(model))
@@ -103,6 +110,33 @@ class CompiledModule(torch.nn.Module):
         self._program()
         self.door = "export"
 
+    def capture_decoder(
+        self,
+        form: DecodeForm,
+        named: dict[str, Any],
+        calibration: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = (),
+    ) -> None:
+        """Capture for a KV cache. Raises ``CaptureError``, and ``NotADecoder`` where part of the model cannot have one."""
+        self._form = form
+        self.capture_export((), named, None, calibration)
+        self._decoder()
+
+    def _decoder(self) -> CachedProgram:
+        """The program with a cache of the mode we are in."""
+        program = self._program()
+        mode = _mode(self._orig_mod)
+        if mode not in self._decoders:
+            assert self._form is not None
+            owner = next((other.owner for other in self._decoders.values()), None)
+            self._decoders[mode] = CachedProgram.make(program, self._form, self.options, owner)
+        return self._decoders[mode]
+
+    def new_cache(self) -> DecoderCache:
+        """An empty ``past_key_values`` for calls of this module. Only with a pass that inserts a KV cache."""
+        if self._form is None:
+            raise BadArgument("this module has no KV cache: compile with passes=[KVCache(max_length=...)]")
+        return self._decoder().new_cache()
+
     def _program(self) -> ExportedProgram:
         """The exported graph of the mode we are in; captured when a mode is met for the first time."""
         mode = _mode(self._orig_mod)
@@ -112,6 +146,7 @@ class CompiledModule(torch.nn.Module):
             self._exported[mode] = ExportedProgram.make(
                 self._orig_mod, args, kwargs, shapes, self.options, self._calibration
             )
+            self._exported[mode].form = self._form
             _write_buffers(self._exported[mode].record, self._tuned)
         return self._exported[mode]
 
@@ -134,6 +169,8 @@ class CompiledModule(torch.nn.Module):
             _write_buffers(program.record, self._tuned)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._form is not None:
+            return self._decoder()(*args, **kwargs)
         if self.door == "export":
             return self._program()(*args, **kwargs)
         return self._call_dynamo(*args, **kwargs)

@@ -13,6 +13,7 @@ from ..runtime import memory
 from ..runtime.errors import BadArgument
 from . import assemble
 from .capture import Captured, disagreement, export_model
+from .decode_form import DecodeForm
 from .inputs import CallForm, by_name, check_inputs, describe_inputs, single_sizes, takes_names
 from .options import Options
 from .pipeline import GraphRecord, Stopwatch, process
@@ -39,6 +40,8 @@ class ExportedProgram:
         self.compared: set[tuple[tuple[int, int], ...]] = {()}
         self.seconds: dict[str, float] = {}
         self.model_error: ModelError | None = None
+        self.form: DecodeForm | None = None
+        """How to complete a decoder's calls, of a module with a KV cache."""
         if options.rest == "inductor":
             # Compiled at the first call. Dynamo guards the sizes that Inductor specializes on.
             self.run: Any = torch.compile(record.lowered, dynamic=True if captured.dynamic else None, fullgraph=True)
@@ -79,6 +82,9 @@ class ExportedProgram:
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The call's leaves in the graph's order. Raises ``BadArgument`` where the capture does not cover the call."""
+        if self.form is not None:
+            call = self.form.read(args, kwargs)
+            args, kwargs = (), self.form.complete(call.tensors, call.keep)
         flat = self.call.flatten(args, kwargs, self.captured.in_spec)
         check_inputs(flat, self.inputs)
         ones = single_sizes(flat, self.inputs)

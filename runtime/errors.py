@@ -62,6 +62,19 @@ class BadPass(TilewrightError):
     """A pass built an illegal graph."""
 
 
+class NotADecoder(TilewrightError):
+    """A KV cache was asked for, and part of the model cannot run token by token with one."""
+
+
+# Calls of a module with a KV cache.
+class CacheFull(TilewrightError, ValueError):
+    """A call would hold more tokens than the KV cache has room for. Nothing was written."""
+
+
+class CacheMismatch(TilewrightError, ValueError):
+    """A KV cache that is none of ours, comes from another compilation or does not fit the call."""
+
+
 # What the machine lacks, and kernels.
 class UnsupportedKernel(TilewrightError):
     """No kernel of this target computes the site (dtype, head dim, device ...): the site falls back to reference."""

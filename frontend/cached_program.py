@@ -1,0 +1,283 @@
+"""Calls of a module with a KV cache: the model's own signature in, its own output type out, the cache in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ..passes.base import Pass
+from ..passes.execute import run as run_graph
+from ..passes.metrics import tensor_error
+from ..runtime import memory
+from ..runtime.errors import BadArgument, CacheMismatch, NotADecoder
+from ..runtime.kv_cache import CacheSite, KVState
+from .decode_form import DecodeForm
+from .decoder_cache import DecoderCache, cache_class
+from .exported import ExportedProgram
+from .inputs import describe_inputs
+from .lift_cache import Lifted, lift, why_not_token_by_token
+from .options import Options
+
+PROPERTY = "kv-cache"
+
+
+def cache_pass(passes: Sequence[Pass]) -> Pass | None:
+    """The pass that puts a cache into the graph, if there is one."""
+    return next((one for one in passes if PROPERTY in one.provides), None)
+
+
+class CacheOwner:
+    """What a compiled module's caches have in common, in all modes of the model.
+
+    sites: as they are kept. max_length: tokens a sequence. Two compilations never share one.
+    """
+
+    def __init__(self, sites: tuple[CacheSite, ...], max_length: int) -> None:
+        self.sites = sites
+        self.max_length = max_length
+
+
+class CachedProgram:
+    """One exported graph with its cache lifted out, made callable."""
+
+    def __init__(
+        self, program: ExportedProgram, form: DecodeForm, lifted: Lifted, options: Options, owner: CacheOwner | None
+    ) -> None:
+        self.program, self.form, self.lifted = program, form, lifted
+        found = cache_pass(options.passes)
+        assert found is not None
+        self.owner = CacheOwner(lifted.sites, found.options()["max_length"])
+        if owner is not None and owner.sites == self.owner.sites:
+            self.owner = owner  # the same weights in another mode: caches go on
+        self.device = torch.device(next((one.device for one in program.inputs if one.device), "cpu"))
+        if options.rest == "inductor":
+            self.run: Any = torch.compile(lifted.module, dynamic=True, fullgraph=True)
+        else:
+            self.run = lifted.module
+        if options.memory == "pool":
+            self.run = memory.pooled(self.run)
+        self._last = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    @staticmethod
+    def make(
+        program: ExportedProgram, form: DecodeForm, options: Options, owner: CacheOwner | None = None
+    ) -> CachedProgram:
+        """Lift the cache out of ``program``'s graph and see that it decodes.
+
+        Raises :class:`~tilewright.runtime.errors.NotADecoder` naming the site and the reason.
+        """
+        _refuse(program)
+        names = [one.path for one in describe_inputs(program.record.captured, program.captured.in_spec)]
+        lifted = lift(program.record.lowered, names, form.tokens)
+        cached = CachedProgram(program, form, lifted, options, owner)
+        if options.validate:
+            cached._check_decoding()
+        return cached
+
+    def _check_decoding(self) -> None:
+        """A few tokens, in chunks and one by one, must give what the whole graph gives for them at once."""
+        named = self.form.example(self.program.model, self.device)
+        ids = named[self.form.tokens]
+        whole = run_graph(self.program.record.lowered, self.program.flatten((), named))
+        want = next(t for t in pytree.tree_leaves(whole) if isinstance(t, Tensor) and t.is_floating_point())
+        for rows, chunks in ((len(ids), (ids.shape[1] - 3, 1, 2)), (1, (ids.shape[1] - 1, 1))):
+            state, got = self.new_state(rows, ids.shape[1]), []
+            start = 0
+            for count in chunks:
+                state.reserve(count)
+                part = {n: self.form.cut(n, t, rows, start, count) for n, t in named.items()}
+                out = self._step(part, state, count, self.lifted.module)
+                got.append(next(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()))
+                start += count
+            error = tensor_error(torch.cat(got, 1), want[:rows])["rel_l2"]
+            if not error <= 4 * torch.finfo(want.dtype).eps ** 0.5:
+                raise NotADecoder(
+                    f"with a cache the model computes something else than on the whole sequence (relative error "
+                    f"{error:.2g}): it mixes tokens in another way than by causal attention"
+                )
+
+    # State.
+
+    def new_state(self, batch: int, limit: int | None = None) -> KVState:
+        return KVState(self.owner.sites, limit or self.owner.max_length, batch, self.device)
+
+    def new_cache(self) -> DecoderCache:
+        return cache_class()(self.owner)
+
+    def for_generate(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of ``generate`` with a cache of ours, unless the caller wants none or has one."""
+        config = kwargs.get("generation_config")
+        for source in (kwargs, vars(config) if config is not None else {}):
+            if source.get("cache_implementation") is not None:
+                raise BadArgument(
+                    f"cache_implementation={source['cache_implementation']!r}: this module keeps its cache itself; leave "
+                    "it out"
+                )
+        wanted = kwargs.get("use_cache", getattr(config, "use_cache", None))
+        if wanted is False or kwargs.get("past_key_values") is not None:
+            return kwargs
+        return kwargs | {"past_key_values": self.new_cache()}
+
+    # Calls.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.form.read(args, kwargs)
+        cache = self._cache_of(call.cache)
+        if call.loss or (call.use_cache is False and cache is None and torch.is_grad_enabled()):
+            return self._whole(call)
+        ids = call.tensors[self.form.tokens]
+        batch, count = ids.shape
+        keep = call.use_cache is not False or cache is not None
+        if keep and cache is None:
+            cache = self.new_cache()
+        state = cache.state if cache is not None else None
+        fresh = state is None
+        if state is None:
+            if count > self.owner.max_length and keep:
+                KVState((), self.owner.max_length, 0).reserve(count)  # refuses
+            state = self.new_state(batch, None if keep else count)
+        elif state.batch != batch:
+            raise CacheMismatch(f"the cache holds {state.batch} sequences, and the call has {batch}")
+        first = self._padding(call.tensors.pop("attention_mask", None), state, batch, count)
+        self._fill_in(call.tensors, state, first, batch, count, call.keep)
+        state.reserve(count)
+        before = state.first.clone() if first is not None else None
+        if first is not None:
+            state.set_first(first)
+        try:
+            flat = self._step(call.tensors, state, count, self.run)
+        except BaseException:
+            if before is not None:
+                state.set_first(before)
+            state.failed()
+            raise
+        if fresh and cache is not None:
+            cache.state = state
+        return self._output(flat, cache if keep else None, call.return_dict)
+
+    def _step(self, tensors: Mapping[str, Any], state: KVState, count: int, run: Any) -> Any:
+        inputs = [tensors[name] for name in self.lifted.inputs]
+        inputs += [state.length, state.first]
+        if state.pages is not None:
+            inputs.append(state.pages)
+        with torch.no_grad():
+            flat = run(*inputs, *state.flat)
+        state.advance(count)
+        return flat
+
+    def _output(self, flat: Any, cache: DecoderCache | None, return_dict: bool | None) -> Any:
+        out = pytree.tree_unflatten(list(flat), self.program.captured.out_spec)
+        if cache is not None and isinstance(out, dict):
+            out["past_key_values"] = cache
+        if return_dict is False and hasattr(out, "to_tuple"):
+            return out.to_tuple()
+        return out
+
+    def _whole(self, call: Any) -> Any:
+        """Without any cache, through the graph that gradients go through."""
+        if call.cache is not None and call.cache.get_seq_length():
+            raise BadArgument("a loss is computed on whole sequences: give labels without past_key_values")
+        out = self.program(**self.form.complete(call.tensors, call.keep))
+        if call.loss:
+            out = self.form.with_loss(self.program.model, out, call)
+        return out.to_tuple() if call.return_dict is False and hasattr(out, "to_tuple") else out
+
+    def _cache_of(self, given: Any) -> DecoderCache | None:
+        if given is None:
+            return None
+        if not isinstance(given, DecoderCache):
+            raise CacheMismatch(
+                f"past_key_values is a {type(given).__name__}, but this module keeps its cache itself: leave it out, or "
+                "give what compiled.new_cache() or an earlier call returned"
+            )
+        if given.owner is not self.owner:
+            raise CacheMismatch(
+                "past_key_values is the cache of another compilation: make one with compiled.new_cache()"
+            )
+        return given
+
+    def _padding(self, mask: Any, state: KVState, batch: int, count: int) -> Tensor | None:
+        """The first token of each sequence that is no padding; None when it is as known."""
+        total = state.tokens + count
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise BadArgument(
+                "attention_mask must be a tensor of shape (batch, tokens so far): 1 for tokens, 0 for padding"
+            )
+        if tuple(mask.shape) != (batch, total):
+            raise BadArgument(
+                f"attention_mask has shape {tuple(mask.shape)}, but must cover the {state.tokens} tokens in the cache and "
+                f"the {count} of this call: ({batch}, {total})"
+            )
+        shown = mask != 0
+        if bool(shown.all()):
+            if state.padded:
+                raise CacheMismatch("attention_mask shows tokens that were padding when they were put into the cache")
+            return None
+        seen = shown.sum(1)
+        first = torch.where(seen > 0, shown.to(torch.int8).argmax(1), total)
+        if bool((seen != total - first).any()):
+            raise BadArgument(
+                "attention_mask has padding after tokens: a cache needs padding on the left (padding_side='left')"
+            )
+        if not state.tokens:
+            return first
+        known = state.first.to(first.dtype)
+        moved = first != known
+        if bool((moved & ~((known == state.tokens) & (first > known))).any()):
+            raise CacheMismatch("attention_mask hides other tokens than when they were put into the cache")
+        return first if bool(moved.any()) else None
+
+    def _fill_in(
+        self, tensors: dict[str, Any], state: KVState, first: Tensor | None, batch: int, count: int, keep: Any
+    ) -> None:
+        """What the graph reads and the call leaves out."""
+        for name in self.lifted.inputs:
+            if name == "position_ids":
+                given = tensors.get(name)
+                if given is None:
+                    start = state.first if first is None else first
+                    index = torch.arange(state.tokens, state.tokens + count, device=self.device)
+                    given = (index - start[:, None].to(torch.int64)).clamp_min(0)
+                if given.shape[-1] != count:
+                    raise BadArgument(f"position_ids has {given.shape[-1]} positions, but the call has {count} tokens")
+                tensors[name] = given.expand(batch, count)
+            elif name == "logits_to_keep":
+                tensors[name] = self._kept(keep, count)
+            elif name not in tensors:
+                raise BadArgument(f"the call lacks {name!r}, with which the model was captured")
+
+    def _kept(self, keep: Any, count: int) -> Tensor:
+        if isinstance(keep, Tensor):
+            return keep
+        if count == 1:
+            return self._last
+        return torch.arange(count - keep if 0 < keep < count else 0, count, device=self.device)
+
+
+def _refuse(program: ExportedProgram) -> None:
+    """Raise :class:`NotADecoder` when any attention of the graph was left without a cache."""
+    record = program.record
+    reasons: dict[str, tuple[str, str]] = {}
+    for run in record.runs:
+        if PROPERTY in run.rewrite.provides:
+            reasons |= {site.id: (reason, site.source) for site, reason in run.declined}
+    left = why_not_token_by_token(record.rewritten)
+    if left is None and not any(
+        getattr(n.target, "_opname", "") == "cached_attention" for n in record.rewritten.graph.nodes
+    ):
+        raise NotADecoder("no attention was found in the model, so there is nothing to cache")
+    if left is None:
+        return
+    if left in reasons:
+        reason, source = reasons[left]
+        raise NotADecoder(f"this attention cannot go through a KV cache: {reason}", site=left, source=source)
+    for site, reason in record.raising.declined:
+        if site.op == "attention":
+            raise NotADecoder(f"an attention was not recognised: {reason}", site=site.id, source=site.source)
+    raise NotADecoder("this part of the model looks at other tokens without a cache", site=left)
