@@ -4,10 +4,12 @@ from .base import Builder, Decline, Exactness, NearMiss, Needs, Pass, Rewrite, S
 from .block_sparse_attention import BlockSparseAttention
 from .focus_attention import FocusAttention
 from .gear import GEAR
+from .kv_cache import KVCache
 from .lm_infinite import LMInfinite
 from .quantize_kv import QuantizeKV
 from .routing_transformer import RoutingTransformer
 from .sigmoid_attention import SigmoidAttention
+from .streaming_cache import StreamingCache
 from .two_pass_softmax import TwoPassSoftmax
 
 # Name on the command line -> pass. A new pass is one more file and one more line here.
@@ -20,6 +22,8 @@ PASSES: dict[str, type[Pass]] = {
         LMInfinite,
         FocusAttention,
         RoutingTransformer,
+        KVCache,
+        StreamingCache,
         QuantizeKV,
         GEAR,
     )
@@ -33,6 +37,7 @@ __all__ = [
     "Decline",
     "Exactness",
     "FocusAttention",
+    "KVCache",
     "LMInfinite",
     "NearMiss",
     "Needs",
@@ -42,5 +47,6 @@ __all__ = [
     "RoutingTransformer",
     "SigmoidAttention",
     "SiteContext",
+    "StreamingCache",
     "TwoPassSoftmax",
 ]
