@@ -16,14 +16,16 @@ Formats: :mod:`tilewright.codegen.cache_format`; the store: :mod:`tilewright.run
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...codegen import symbols
 from ...codegen.cache_format import CacheFormat, parse_format
+from .. import fast_call
 from ..errors import BadArgument
-from . import attention, cache_store
+from . import attention, cache_store, cached_kernel
 from .registry import LIBRARY, canonical
 
 
@@ -84,6 +86,7 @@ def _pure(
     if not form.quantized:
         if exact:
             return attention.reference(q, keys, v, bias, scale=scale, mask=mask, normalizer=normalizer)
+        target = cached_kernel.many_target(q, target)
         return torch.ops.tilewright.attention(
             q, keys, v, bias, scale=scale, mask=mask, normalizer=normalizer, target=target
         )
@@ -158,12 +161,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, form: CacheFormat) -> None:
         )
 
 
-def _step(
+def _step_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rebuild: Sequence[Tensor],
-    store: Sequence[Tensor],
+    rebuild: list[Tensor],
+    store: list[Tensor],
     length: Tensor,
     first: Tensor,
     pages: Tensor | None,
@@ -173,17 +176,43 @@ def _step(
     normalizer: str = "softmax",
     format: str = "",
     target: str = "reference",
-) -> Tensor:
-    """Append this call's tokens, then attend. See :func:`tilewright.runtime.ops.cached_attention.reference`.
+) -> fast_call.Launch:
+    """The launch that appends this call's tokens, then attends. See :func:`reference`.
 
     store: the tensors of :meth:`CacheFormat.store` in order, written in place; k and v: what is kept of the call's
     tokens. length, first: int32 (B,), left as they are: the caller advances ``length`` when the call has succeeded.
     """
     form = parse_format(format)
     _check(q, k, v, form)
-    tensors = cache_store.named(store, form)
-    cache_store.append(k, v, tensors, length, pages, form)
-    return _attend_all(q, k, v, rebuild, tensors, length, first, pages, scale, mask, normalizer, form, target)
+    cache_store.named(store, form)
+    append = attend = None
+    if target != "reference":
+        options: dict[str, Any] = {"scale": scale, "mask": mask, "normalizer": normalizer, "format": format}
+        append, attend = cached_kernel.step_launches(
+            q, k, v, rebuild, store, length, first, pages, target=target, **options
+        )
+    if append is not None and attend is not None:
+        return cached_kernel.both(append, attend)
+
+    def launch(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rebuild: list[Tensor],
+        store: list[Tensor],
+        length: Tensor,
+        first: Tensor,
+        pages: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        tensors = cache_store.named(store, form)
+        if append is not None:
+            append(k, v, store, length, first, pages)
+        else:
+            cache_store.append(k, v, tensors, length, pages, form)
+        return _attend_all(q, k, v, rebuild, tensors, length, first, pages, scale, mask, normalizer, form, target)
+
+    return launch
 
 
 def _attend_all(
@@ -215,6 +244,7 @@ def _attend_all(
     keys = _for_each_value_head(cache_store.rebuild_keys(k, rebuild, index - first[:, None], form), v)
     if even:
         bias = (index >= first[:, None])[:, None, None] if bool((first > 0).any()) else None
+        target = cached_kernel.many_target(q, target)
         return torch.ops.tilewright.attention(
             q, keys, v, bias, scale=scale, mask=_from_offset(mask, held), normalizer=normalizer, target=target
         )
@@ -261,6 +291,7 @@ CACHED_ATTENTION = canonical(
     reference=reference,
     composite=_composite,
     tolerance=attention.TOLERANCE,
+    spec=cached_kernel.spec,
 )
 
 LIBRARY.define(
@@ -268,6 +299,9 @@ LIBRARY.define(
     "Tensor first, Tensor? pages, *, float scale, str mask, str normalizer='softmax', str format='', "
     "str target='reference') -> Tensor"
 )
-LIBRARY.impl("cached_attention_step", _step, "CPU")
-LIBRARY.impl("cached_attention_step", _step, "CUDA")
+fast_call.implement(
+    "cached_attention_step",
+    _step_kernel,
+    passes=("q", "k", "v", "rebuild", "store", "length", "first", "pages", "scale"),
+)
 torch.library.register_fake("tilewright::cached_attention_step", _step_fake, lib=LIBRARY)
