@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -269,10 +269,21 @@ class Pass:
         wanted = {canonical_ops.OPS[name].overload for name in self.ops}
         return [node for node in view.graph.nodes if node.op == "call_function" and node.target in wanted]
 
+    def watch(self, site: SiteContext) -> Mapping[str, Node]:
+        """Nodes before the site's whose values :meth:`observe` is to see too, by the names it will find them under."""
+        return {}
+
     def observe(self, site: SiteContext, values: Mapping[str, Any]) -> None:
         """Calibration: called for every candidate and batch with the op's arguments as real tensors.
 
-        Keep what :meth:`rewrite` needs in ``site.state``; keep statistics, not the tensors.
+        values: by argument name, and what :meth:`watch` named. Keep what :meth:`rewrite` needs in ``site.state``; keep
+        statistics, not the tensors.
+        """
+
+    def plan(self, sites: Sequence[SiteContext]) -> None:
+        """Called once with all candidates, after calibration and before :meth:`rewrite`: for what spans sites.
+
+        Keep what is decided in each ``site.state``.
         """
 
     def rewrite(self, site: SiteContext) -> Rewrite | Decline | NearMiss:

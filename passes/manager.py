@@ -139,6 +139,7 @@ def run_pass(
     contexts = {node: SiteContext(node, view) for node in candidates}
     if one.current_needs() is Needs.CALIBRATION:
         _calibrate(module, one, contexts, calibration)
+    one.plan(list(contexts.values()))
     inserted: set[Node] = set()
     pending: list[tuple[SiteRewrite, Node]] = []
     for node, context in contexts.items():
@@ -225,12 +226,13 @@ def _calibrate(
     """Show every candidate the real values of its arguments, batch by batch."""
 
     def hook(context: SiteContext) -> Hook:
-        needs = tuple(context.node.all_input_nodes)
+        watched = one.watch(context)
+        needs = tuple(dict.fromkeys((*context.node.all_input_nodes, *watched.values())))
 
         def call(values: list[Any], result: Any) -> Any:
             known = dict(zip(needs, values, strict=True))
             named = torch.fx.node.map_arg(arguments(context.node), known.__getitem__)
-            one.observe(context, named)
+            one.observe(context, {**named, **{name: known[node] for name, node in watched.items()}})
             return result
 
         return Hook(needs, call)
