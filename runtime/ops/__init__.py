@@ -4,7 +4,7 @@ from .registry import HELPERS, OPS, CanonicalOp, Tolerance, canonical, is_canoni
 
 # Each module registers its op on import; a new op is one more file and one more name here.
 from . import attention, attention_parts, gated_mlp, layer_norm, linear, rms_norm, rope, softmax, visible_keys  # isort: skip
-from . import cached_attention  # isort: skip
+from . import cached_attention, streaming_attention  # isort: skip
 from . import attention_lse, block_attention, block_lists, block_states, merge_attention  # isort: skip
 from . import block_scores, select_blocks  # isort: skip
 from . import gated_attention, group_attention, routed_attention  # isort: skip
@@ -39,5 +39,6 @@ __all__ = [
     "routed_attention",
     "select_blocks",
     "softmax",
+    "streaming_attention",
     "visible_keys",
 ]
