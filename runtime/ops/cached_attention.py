@@ -210,7 +210,8 @@ def _step_kernel(
             append(k, v, store, length, first, pages)
         else:
             cache_store.append(k, v, tensors, length, pages, form)
-        return _attend_all(q, k, v, rebuild, tensors, length, first, pages, scale, mask, normalizer, form, target)
+        out = _attend_all(q, k, v, rebuild, tensors, length, first, pages, scale, mask, normalizer, form, target)
+        return out.contiguous()  # Inductor relies on what the fake form says
 
     return launch
 
