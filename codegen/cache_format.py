@@ -27,6 +27,9 @@ from functools import lru_cache
 from .spec import SpecError
 
 BITS = (0, 2, 4, 8)
+INSET = {8: 0.0, 4: 0.0, 2: 0.0625}
+"""By which share of its range a vector's least and greatest move inwards before the codes are spread between them: four
+levels serve the many numbers near the middle better than the two at the ends, which are clamped."""
 ROTATIONS = ("", "rotate_half", "interleaved")
 
 Tensor = tuple[tuple[int, ...], str]

@@ -45,8 +45,10 @@ def test_bytes_hold_channels_a_stride_apart() -> None:
 def by_loops(vector: torch.Tensor, bits: int) -> list[float]:
     """One vector as the page on formats defines it, number by number."""
     numbers = vector.tolist()
-    scale = float(torch.tensor((max(numbers) - min(numbers)) / (2**bits - 1)).half())
-    offset = float(torch.tensor(min(numbers)).half())
+    least, most = min(numbers), max(numbers)
+    inwards = (most - least) / 16 if bits == 2 else 0.0
+    scale = float(torch.tensor((most - least - 2 * inwards) / (2**bits - 1)).half())
+    offset = float(torch.tensor(least + inwards).half())
     return [offset + scale * min(max(round((x - offset) / scale), 0), 2**bits - 1) for x in numbers]
 
 
@@ -66,9 +68,10 @@ def test_codes_by_their_definition(bits: int) -> None:
         for t in range(16):
             torch.testing.assert_close(values[head, t].tolist(), by_loops(x[head, t], bits), **near)
             torch.testing.assert_close(halves[head, t, 4:].tolist(), by_loops(x[head, t, 4:], bits), **near)
-    # Half a step, what rounding offset and scale to float16 shifts, and float32.
+    # Half a step (at 2 bits a sixth of seven eighths of the range, which is over the sixteenth that is clamped), what
+    # rounding offset and scale to float16 shifts, and float32.
     least, most = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
-    bound = (most - least) * (0.5 / (2**bits - 1) + HALF) + least.abs() * HALF + 1e-6
+    bound = (most - least) * (0.5 / (2**bits - 1) + HALF) + torch.maximum(least.abs(), most.abs()) * HALF + 1e-6
     assert ((keys - x).abs() <= bound).all()
 
 

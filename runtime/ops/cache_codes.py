@@ -3,7 +3,8 @@
 A *block* is ``group`` tokens of one head, x (g, D). In this order:
 
     outliers     the n entries furthest from their vector's mean leave; the mean stands in for them
-    codes        offset = min and scale = (max - min) / (2^bits - 1) of each vector, as float16;
+    ends         of each vector, least and most; at 2 bits both move inwards by INSET of their distance
+    codes        offset = least and scale = (most - least) / (2^bits - 1), as float16;
                  code = round((x - offset) / scale)
     low rank     R = x - (scale code + offset), R ~ left right^T by power iteration from a fixed start
     outlier      what is still missing at its place: x - (scale code + offset) - left right^T
@@ -22,6 +23,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ...codegen.cache_format import INSET
 
 POWER_STEPS = 4
 """Rounds of the power iteration: a residual of rounding is nearly white, and more gain nothing."""
@@ -149,6 +152,8 @@ def _leave_out(x: Tensor, count: int, keys: bool, value_group: int) -> tuple[Ten
 def _codes(x: Tensor, bits: int, keys: bool, value_group: int) -> dict[str, Tensor]:
     vectors, axis = _vectors(x, keys, value_group)
     least, most = vectors.amin(axis, keepdim=True), vectors.amax(axis, keepdim=True)
+    inwards = INSET[bits] * (most - least)
+    least, most = least + inwards, most - inwards
     top = 2**bits - 1
     scale, offset = _half((most - least) / top), _half(least)
     step = scale.to(x.dtype)
