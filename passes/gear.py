@@ -40,7 +40,7 @@ class GEAR(Pass):
     ops: ClassVar[tuple[str, ...]] = ("cached_attention",)
     requires: ClassVar[frozenset[str]] = frozenset({"kv-cache"})
     after: ClassVar[frozenset[str]] = AFTER
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantize-kv"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantize-kv", "streaming-cache"})
     why: ClassVar[dict[str, str]] = WHY
 
     bits: int = 2

@@ -18,9 +18,10 @@ from .base import Decline, Exactness, NearMiss, Pass, Rewrite, SiteContext
 from .metrics import tensor_error
 from .view import arguments
 
-AFTER = frozenset({"kv-cache", "factor-keys", "streaming-cache"})
+AFTER = frozenset({"kv-cache", "factor-keys"})
 WHY = {
     "kv-cache": "what is quantized is the cache, so there has to be one",
+    "streaming-cache": "its cache does not grow, so there is little to be saved on it",
     "gear": "each of them says how the cache is kept",
     "quantize-kv": "each of them says how the cache is kept",
 }
@@ -55,7 +56,7 @@ class QuantizeKV(Pass):
     ops: ClassVar[tuple[str, ...]] = ("cached_attention",)
     requires: ClassVar[frozenset[str]] = frozenset({"kv-cache"})
     after: ClassVar[frozenset[str]] = AFTER
-    conflicts: ClassVar[frozenset[str]] = frozenset({"gear"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"gear", "streaming-cache"})
     why: ClassVar[dict[str, str]] = WHY
 
     bits: int = 4
