@@ -9,12 +9,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ..passes._rotary import table_end
 from ..passes.base import Pass
 from ..passes.execute import run as run_graph
 from ..passes.metrics import tensor_error
 from ..runtime import memory
-from ..runtime.errors import BadArgument, CacheMismatch, NotADecoder
-from ..runtime.kv_cache import CacheSite, KVState
+from ..runtime.errors import BadArgument, CacheFull, CacheMismatch, NotADecoder
+from ..runtime.kv_cache import AnySite, KVState
 from .decode_form import DecodeForm
 from .decoder_cache import DecoderCache, cache_class
 from .exported import ExportedProgram
@@ -23,6 +24,8 @@ from .lift_cache import Lifted, lift, why_not_token_by_token
 from .options import Options
 
 PROPERTY = "kv-cache"
+UNLIMITED = 2**31 - 1
+"""Tokens that a cache of fixed size may have seen: what counts them has 32 bits."""
 
 
 def cache_pass(passes: Sequence[Pass]) -> Pass | None:
@@ -36,7 +39,7 @@ class CacheOwner:
     sites: as they are kept. max_length: tokens a sequence. Two compilations never share one.
     """
 
-    def __init__(self, sites: tuple[CacheSite, ...], max_length: int) -> None:
+    def __init__(self, sites: tuple[AnySite, ...], max_length: int) -> None:
         self.sites = sites
         self.max_length = max_length
 
@@ -50,7 +53,7 @@ class CachedProgram:
         self.program, self.form, self.lifted = program, form, lifted
         found = cache_pass(options.passes)
         assert found is not None
-        self.owner = CacheOwner(lifted.sites, found.options()["max_length"])
+        self.owner = CacheOwner(lifted.sites, getattr(found, "max_length", UNLIMITED))
         if owner is not None and owner.sites == self.owner.sites:
             self.owner = owner  # the same weights in another mode: caches go on
         self.device = torch.device(next((one.device for one in program.inputs if one.device), "cpu"))
@@ -60,6 +63,7 @@ class CachedProgram:
             self.run = lifted.module
         if options.memory == "pool":
             self.run = memory.pooled(self.run)
+        self.table = table_end(lifted.module)
         self._last = torch.zeros(1, dtype=torch.int64, device=self.device)
 
     @staticmethod
@@ -246,11 +250,18 @@ class CachedProgram:
                     given = (index - start[:, None].to(torch.int64)).clamp_min(0)
                 if given.shape[-1] != count:
                     raise BadArgument(f"position_ids has {given.shape[-1]} positions, but the call has {count} tokens")
+                self._check_table(given, state.tokens + count)
                 tensors[name] = given.expand(batch, count)
             elif name == "logits_to_keep":
                 tensors[name] = self._kept(keep, count)
             elif name not in tensors:
                 raise BadArgument(f"the call lacks {name!r}, with which the model was captured")
+
+    def _check_table(self, positions: Tensor, tokens: int) -> None:
+        if self.table is None or tokens <= self.table:  # the cheap question first: it needs no look at the tensor
+            return
+        if (last := int(positions.max())) >= self.table:
+            raise CacheFull(f"position {last} is beyond the model's table of {self.table} positions")
 
     def _kept(self, keep: Any, count: int) -> Tensor:
         if isinstance(keep, Tensor):
@@ -269,7 +280,8 @@ def _refuse(program: ExportedProgram) -> None:
             reasons |= {site.id: (reason, site.source) for site, reason in run.declined}
     left = why_not_token_by_token(record.rewritten)
     if left is None and not any(
-        getattr(n.target, "_opname", "") == "cached_attention" for n in record.rewritten.graph.nodes
+        getattr(n.target, "_opname", "") in ("cached_attention", "streaming_attention")
+        for n in record.rewritten.graph.nodes
     ):
         raise NotADecoder("no attention was found in the model, so there is nothing to cache")
     if left is None:

@@ -1,8 +1,8 @@
 """From a graph whose keys are all its own to one that reads and writes a KV cache.
 
-Each ``cached_attention`` becomes ``cached_attention_step`` with its store as new inputs; ``length``, ``first`` and the
-page table are shared by all. The padding mask is no input any more: ``first`` says what it said. One graph serves
-prefill, chunks and decoding.
+Each ``cached_attention`` (and ``streaming_attention``) becomes its ``_step`` with its store as new inputs;
+``length``, ``first`` and the page table are shared by all. The padding mask is no input any more: ``first`` says what it
+said. One graph serves prefill, chunks and decoding.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import torch.fx
 from ..passes.site import Site, get_site
 from ..passes.view import arguments, value
 from ..runtime.errors import NotADecoder
-from ..runtime.kv_cache import CacheSite
+from ..runtime.kv_cache import AnySite, CacheSite
 from ..runtime.ops import OPS
+from ..runtime.streaming_site import StreamingSite
 from .capture import copy_module
 
 Node = torch.fx.Node
 aten = torch.ops.aten
 CACHED = OPS["cached_attention"].overload
+STREAMING = OPS["streaming_attention"].overload
 # Ops that mix tokens of a sequence; in a decoder's graph none but the cached ones may be left.
 MIXING = frozenset(
     {"attention", "block_attention", "block_scores", "gated_attention", "group_attention", "routed_attention"}
@@ -40,7 +42,7 @@ class Lifted:
 
     module: torch.fx.GraphModule
     inputs: tuple[str, ...]
-    sites: tuple[CacheSite, ...]
+    sites: tuple[AnySite, ...]
     paged: bool
 
 
@@ -53,7 +55,7 @@ def lift(lowered: torch.fx.GraphModule, names: Sequence[str], tokens: str, mask:
     module = copy_module(lowered)
     graph = module.graph
     placeholders = dict(zip(names, graph.find_nodes(op="placeholder"), strict=True))
-    nodes = graph.find_nodes(op="call_function", target=CACHED)
+    nodes = [node for node in graph.nodes if node.target in (CACHED, STREAMING)]
     last = list(placeholders.values())[-1]
 
     def add(name: str) -> Node:
@@ -67,15 +69,9 @@ def lift(lowered: torch.fx.GraphModule, names: Sequence[str], tokens: str, mask:
     paged = any(site.layout.page for site in sites)
     pages = add("cache_pages") if paged else None
     for index, (node, site) in enumerate(zip(nodes, sites, strict=True)):
-        store = [add(f"cache_{index}_{name}") for name in site.layout.names()]
-        named = arguments(node)
-        keep = {name: named[name] for name in ("scale", "mask", "normalizer", "format", "target")}
+        store = [add(f"cache_{index}_{name}") for name in site.names()]
         with graph.inserting_before(node):
-            step = graph.call_function(
-                torch.ops.tilewright.cached_attention_step.default,
-                (named["q"], named["k"], named["v"], named["rebuild"], store, length, first, pages),
-                keep,
-            )
+            step = graph.call_function(*_step(node, store, length, first, pages))
         step.meta = dict(node.meta)
         node.replace_all_uses_with(step)
         graph.erase_node(node)
@@ -98,10 +94,27 @@ def lift(lowered: torch.fx.GraphModule, names: Sequence[str], tokens: str, mask:
     return Lifted(module, tuple(left), tuple(sites), paged)
 
 
-def _site(node: Node) -> CacheSite:
+def _step(
+    node: Node, store: list[Node], length: Node, first: Node, pages: Node | None
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The op that does the node's work on a store, and its arguments."""
+    named = arguments(node)
+    if node.target is STREAMING:
+        given = tuple(named[name] for name in ("q", "k", "v", "q_far", "k_far"))
+        keep = {name: named[name] for name in ("scale", "window", "sinks", "limit", "target")}
+        return torch.ops.tilewright.streaming_attention_step.default, (*given, store, length, first), keep
+    given = tuple(named[name] for name in ("q", "k", "v", "rebuild"))
+    keep = {name: named[name] for name in ("scale", "mask", "normalizer", "format", "target")}
+    return torch.ops.tilewright.cached_attention_step.default, (*given, store, length, first, pages), keep
+
+
+def _site(node: Node) -> AnySite:
     named = arguments(node)
     k, v = value(named["k"]), value(named["v"])
     site = get_site(node) or Site(node.name, "", "", "cached_attention")
+    if node.target is STREAMING:
+        sizes = (int(k.shape[1]), int(k.shape[3]), int(v.shape[3]))
+        return StreamingSite(site.id, *sizes, k.dtype, named["window"], named["sinks"], named["k_far"] is not None)
     sizes = (int(k.shape[1]), int(k.shape[3]), int(v.shape[1]), int(v.shape[3]))
     return CacheSite(site.id, named["format"], *sizes, k.dtype)
 

@@ -44,7 +44,7 @@ class Rotary:
         result = builder.call(ROPE, self.named["x"], cos, sin, layout=self.named["layout"])
         for node, place in reversed(self.between):
             if node.target is aten.cat.default:
-                parts = list(node.args[0])  # type: ignore[arg-type]
+                parts = list(arguments(node)["tensors"])
                 parts[place] = result
                 result = builder.call(node.target, parts, *node.args[1:], **node.kwargs)
             else:
@@ -63,7 +63,7 @@ def find_rotary(item: Any, what: str) -> Rotary | str | None:
     while isinstance(item, Node) and item.target is not ROPE:
         place = 0
         if item.target is aten.cat.default:
-            parts: Sequence[Any] = item.args[0]  # type: ignore[assignment]
+            parts = arguments(item)["tensors"]
             turned = [index for index, part in enumerate(parts) if _comes_from_rope(part)]
             if not turned:
                 return None
@@ -72,12 +72,12 @@ def find_rotary(item: Any, what: str) -> Rotary | str | None:
                 return f"its {what} are a concatenation of several rotations, or of tokens"
             place = turned[0]
         elif item.target is aten.transpose.int:
-            swapped = [d % 4 for d in item.args[1:3]]  # type: ignore[operator]
+            swapped = [arguments(item)[name] % 4 for name in ("dim0", "dim1")]
             dim, channel = (swapped[1 - swapped.index(d)] if d in swapped else d for d in (dim, channel))
         elif not is_identity(item) and not is_cast(item):
             return f"its {what} are computed from rotated ones by {item.target}" if _comes_from_rope(start) else None
         between.append((item, place))
-        item = item.args[0][place] if item.target is aten.cat.default else item.args[0]  # type: ignore[index]
+        item = arguments(item)["tensors"][place] if item.target is aten.cat.default else item.args[0]
     if not isinstance(item, Node):
         return None
     named = arguments(item)
@@ -116,6 +116,18 @@ def angle_rows(module: torch.fx.GraphModule, rotary: Rotary, positions: Sequence
             return "the angles that it is rotated by differ between heads"
         rows.append(found)
     return [row for tensor in rows for row in tensor.split(1, rotary.angles)]
+
+
+def table_end(module: torch.fx.GraphModule) -> int | None:
+    """The first position that a learned table of positions has no row for; None where there is no such table."""
+    ends = []
+    for node in module.graph.find_nodes(op="call_function", target=aten.embedding.default):
+        named = arguments(node)
+        first = evaluate(module, named["indices"], (0,))
+        rows = value(named["weight"]).shape[0]
+        if isinstance(first, torch.Tensor) and first.numel() == 1 and isinstance(rows, int):
+            ends.append(rows - int(first))
+    return min(ends, default=None)
 
 
 def evaluate(module: torch.fx.GraphModule, wanted: Any, positions: Sequence[int]) -> torch.Tensor | str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..codegen.cache_format import CacheFormat, is_recent, parse_format
 from .errors import CacheFull, CacheMismatch
+from .streaming_site import StreamingSite
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,22 @@ class CacheSite:
     def layout(self) -> CacheFormat:
         return parse_format(self.format)
 
+    def names(self) -> tuple[str, ...]:
+        """The store's tensors, in order."""
+        return self.layout.names()
+
+    def why_not_back(self, held: int, keep: int) -> str:
+        """The reason why a store of ``held`` tokens cannot become one of the first ``keep``; empty when it can."""
+        return ""
+
     def store(self, batch: int, capacity: int, pages: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The store's tensors in order: name -> (shape, dtype)."""
         sizes = (self.key_heads, self.key_dim, self.value_heads, self.value_dim)
         named = self.layout.store(batch, capacity, *sizes, str(self.dtype).removeprefix("torch."), pages)
         return {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in named.items()}
+
+
+AnySite = CacheSite | StreamingSite
 
 
 class KVState:
@@ -53,7 +65,7 @@ class KVState:
     limit: most tokens a sequence may have.
     """
 
-    def __init__(self, sites: Sequence[CacheSite], limit: int, batch: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, sites: Sequence[AnySite], limit: int, batch: int, device: torch.device | str = "cpu") -> None:
         self.sites = tuple(sites)
         self.limit = limit
         self.device = torch.device(device)
@@ -122,6 +134,8 @@ class KVState:
         """Forget all but the first ``tokens`` tokens of every sequence."""
         if not 0 <= tokens <= self.tokens:
             raise CacheMismatch(f"the cache holds {self.tokens} tokens and cannot be cropped to {tokens}")
+        if reason := next(filter(None, (site.why_not_back(self.tokens, tokens) for site in self.sites)), ""):
+            raise CacheMismatch(reason)
         self._take_back(tokens)
         self.tokens = tokens
         self.length.fill_(tokens)

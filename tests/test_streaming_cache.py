@@ -9,6 +9,7 @@ import tiny
 import torch
 from raise_cases import nodes, trace
 
+import tilewright
 from tilewright.frontend.capture import copy_module, export_model
 from tilewright.frontend.raising import raise_graph
 from tilewright.passes import LMInfinite, StreamingCache
@@ -114,7 +115,9 @@ def test_the_op_for_compilers() -> None:
     torch.library.opcheck(op.streaming_attention.default, (*given[:3], None, *given[3:]), options, test_utils=checks)
     zero = torch.zeros(2, dtype=torch.int32)
     store = empty_store(True, torch.float64, 3, 2)
-    torch.library.opcheck(op.streaming_attention_step.default, (*given, store, zero, zero), options, test_utils=checks[:2])
+    torch.library.opcheck(
+        op.streaming_attention_step.default, (*given, store, zero, zero), options, test_utils=checks[:2]
+    )
 
 
 def test_bad_calls() -> None:
@@ -271,3 +274,61 @@ def test_where_it_declines() -> None:
 def test_bad_options(options: dict[str, int]) -> None:
     with pytest.raises(errors.BadPassOption, match="streaming-cache"):
         StreamingCache(**options)
+
+
+# --------------------------------------------------------------------------------------------------- whole models
+
+
+def compiled(model: torch.nn.Module, *passes: Pass) -> Any:
+    return tilewright.compile(
+        model, passes=passes, example_inputs=(tiny.tokens(2, 12),), target="reference", rest="eager"
+    )
+
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def test_generate_beyond_any_length() -> None:
+    """The tokens of LMInfinite without a cache, over ten times the window, in memory that does not grow."""
+    model = tiny.llama(layers=1, max_position_embeddings=40)
+    module = compiled(model, StreamingCache(9, 3, 12))
+    cache = module.new_cache()
+    prompt = tiny.tokens(2, 30)
+    found = module.generate(prompt, max_new_tokens=2, past_key_values=cache, **GREEDY)
+    before, store = cache.nbytes, cache.state.flat
+    found = module.generate(found, max_new_tokens=58, past_key_values=cache, **GREEDY)
+    assert cache.nbytes == before and all(a is b for a, b in zip(cache.state.flat, store, strict=True))
+    whole = compiled(model, LMInfinite(9, 3, 12))
+    expected = prompt
+    for _ in range(60):
+        expected = torch.cat((expected, whole(expected).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, model.generate(prompt, max_new_tokens=60, **GREEDY)), "tokens were forgotten"
+    # What padding there is comes before the first tokens.
+    mask = torch.ones(2, 34, dtype=torch.int64)
+    mask[:, :4] = 0
+    padded = torch.cat((torch.zeros(2, 4, dtype=torch.int64), prompt), 1)
+    again = module.generate(padded, attention_mask=mask, max_new_tokens=20, **GREEDY)
+    assert torch.equal(again[:, 4:], found[:, :50])
+    # Beams are copies of each other's stores.
+    options = {"num_beams": 3, "max_new_tokens": 12} | GREEDY
+    beams = module.generate(prompt, use_cache=False, **options)
+    assert torch.equal(module.generate(prompt, **options), beams)
+    # Going back further than the store remembers is refused, and changes nothing.
+    with pytest.raises(errors.CacheMismatch, match="newest 17 tokens"):
+        cache.crop(60)
+    cache.crop(80)
+    assert torch.equal(module.generate(found[:, :81], max_new_tokens=9, past_key_values=cache, **GREEDY), found)
+
+
+def test_a_table_of_positions_ends() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 96, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 20}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    module = compiled(model, StreamingCache(7, 2))
+    cache = module(tiny.tokens(2, 19)).past_key_values
+    module(tiny.tokens(2, 1), past_key_values=cache)
+    with pytest.raises(errors.CacheFull, match="position 20 is beyond the model's table of 20"):
+        module(tiny.tokens(2, 1), past_key_values=cache)
+    assert cache.get_seq_length() == 20
