@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from .attention import padded
-from .cache_format import CacheFormat
+from .cache_format import INSET, CacheFormat
+from .spec import require
 
 RESIDENT = 256
 """Channels of queries that a program keeps on chip; beyond it, it reads them in chunks again for every tile."""
@@ -20,6 +21,7 @@ MAX_ROWS = 64
 """Rows of queries (heads that share keys times queries) in a tile of a program."""
 MAX_SPLITS = 128
 """Programs that share a sequence's tokens: each row's partial results are merged by one program."""
+QUANTIZE_WARPS = 8
 
 _POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8": "*u8", "int16": "*i16"}
 
@@ -52,12 +54,13 @@ def side(cache: CacheFormat, bits: int, dim: int, *, keys: bool) -> dict[str, An
         "width": width,
         "block": block,
         "chunks": -(-width // block),
-        # Channels of a part that share a scale: the whole part, or its scale is looked up channel by channel.
+        # Channels that share a value's scale, and whether scales go into queries or weights in place of codes.
         "share": share,
         "groups": dim // share,
-        "folds": share % width == 0 and not (cache.correction or cache.outliers),
+        "folds": (keys or share % width == 0) and not (cache.correction or cache.outliers),
         "middle": 2 ** (bits - 1) if bits else 0,
         "whole_block": padded(dim),
+        "inset": INSET[bits] if bits else 0.0,
     }
 
 
@@ -133,7 +136,20 @@ def attention_entries(spec: Any) -> list[dict[str, Any]]:
 
 def append_context(spec: Any) -> dict[str, Any]:
     """Names for the template that appends."""
-    return context(spec) | {"compile_entries": append_entries(spec)}
+    cache: CacheFormat = spec.cache
+    found = context(spec)
+    for name, bits, part in (("keys", cache.bits_k, found["keys"]), ("values", cache.bits_v, found["values"])):
+        require(
+            not bits or part["chunks"] == 1 or not (cache.correction or cache.outliers),
+            f"a program holds up to {RESIDENT} channels of {name} to correct their codes, not {part['dim']}",
+        )
+    return found | {
+        "compile_entries": append_entries(spec),
+        # Whole sides have the names of the call's own tensors.
+        "store_locals": [name if "_" in name else f"{name}_cache" for name in spec.store_names],
+        "block_t": 1 << (cache.group - 1).bit_length(),
+        "quantize_warps": QUANTIZE_WARPS,
+    }
 
 
 def append_entries(spec: Any) -> list[dict[str, Any]]:
@@ -150,7 +166,7 @@ def append_entries(spec: Any) -> list[dict[str, Any]]:
                 part.removeprefix(f"{name}_"): kind for part, kind in pointers.items() if part.startswith(f"{name}_")
             }
             arguments = {"x": element} | made | common
-            entries.append(_entry(f"quantize_{name}", arguments, constants, sizes, 8, 1))
+            entries.append(_entry(f"quantize_{name}", arguments, constants, sizes, QUANTIZE_WARPS, 1))
         kernel = "append_recent" if bits else "append_rows"
         constants |= {"DIM": spec.key_dim if name == "k" else spec.value_dim}
         constants |= {"BLOCK": padded(constants["DIM"]), "BLOCK_L": 16}

@@ -78,7 +78,13 @@ class CacheAppendSpec(_CacheSpec):
     """
 
     kind: ClassVar[str] = "cache_append"
-    templates: ClassVar[dict[str, str]] = {"cpp": "cpp/cache_append.cpp.jinja"}
+    templates: ClassVar[dict[str, str]] = {
+        "triton": "triton/cache_append.py.jinja",
+        "cpp": "cpp/cache_append.cpp.jinja",
+    }
+
+    def context(self, target: str) -> dict[str, Any]:
+        return super().context(target) | (cache_triton.append_context(self) if target == "triton" else {})
 
 
 @dataclass(frozen=True)
