@@ -2,6 +2,7 @@
 
 from .base import Builder, Decline, Exactness, NearMiss, Needs, Pass, Rewrite, SiteContext
 from .block_sparse_attention import BlockSparseAttention
+from .factor_keys import FactorKeys
 from .focus_attention import FocusAttention
 from .gear import GEAR
 from .kv_cache import KVCache
@@ -23,6 +24,7 @@ PASSES: dict[str, type[Pass]] = {
         FocusAttention,
         RoutingTransformer,
         KVCache,
+        FactorKeys,
         StreamingCache,
         QuantizeKV,
         GEAR,
@@ -36,6 +38,7 @@ __all__ = [
     "Builder",
     "Decline",
     "Exactness",
+    "FactorKeys",
     "FocusAttention",
     "KVCache",
     "LMInfinite",
