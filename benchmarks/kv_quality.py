@@ -5,9 +5,9 @@
 Each setting compiles the model with its passes, in float32, and is compared with the model as it is:
 
 - decode: SEQUENCES x LENGTH tokens of ``pydoc_data.topics`` as one batch, PROMPT tokens in a first call and then
-  ``--step`` tokens a call, so that each sees older ones as the cache holds them by then. With 8 a call, the last token's
-  cache is seen by all 8, which is never less quantized than with 1, and the study is done sooner. Perplexity
-  over all tokens, KL(model || setting) and top-1 agreement over every fourth position.
+  ``--step`` tokens a call, so that each sees older ones as the cache holds them by then. With 8 a call, the last
+  token's cache is seen by all 8, which is never less quantized than with 1, and the study is done sooner.
+  Perplexity over all tokens, KL(model || setting) and top-1 agreement over every fourth position.
 - needle: a line planted in LENGTH tokens of other text and asked for at the end, for PAIRS x DEPTHS. The text is read
   in one call, the question token by token; how many words the model then holds likelier than the right one, and
   whether greedy decoding gives it.
@@ -330,6 +330,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--filter", default="", help="only settings of these names, or else whose name contains one: A|B"
     )
+    parser.add_argument("--step", type=int, default=STEP, help="tokens a call, 1 to 8")
     parser.add_argument("--parts", default="", help="only parts whose name begins so: bytes, needle, decode")
     parser.add_argument("--output", type=Path, default=None, help="the JSON to write")
     given = parser.parse_args(arguments)
