@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from ..passes._rotary import table_end
 from ..passes.base import Pass
 from ..passes.execute import run as run_graph
 from ..passes.metrics import tensor_error
-from ..runtime import memory
+from ..runtime import kv_cache_file, memory
 from ..runtime.errors import BadArgument, CacheFull, CacheMismatch, NotADecoder
 from ..runtime.kv_cache import AnySite, KVState
 from .decode_form import DecodeForm
@@ -24,6 +26,8 @@ from .lift_cache import Lifted, lift, why_not_token_by_token
 from .options import Options
 
 PROPERTY = "kv-cache"
+SAMPLES = 4096
+"""Entries of a weight that go into a fingerprint."""
 UNLIMITED = 2**31 - 1
 """Tokens that a cache of fixed size may have seen: what counts them has 32 bits."""
 
@@ -39,9 +43,20 @@ class CacheOwner:
     sites: as they are kept. max_length: tokens a sequence. Two compilations never share one.
     """
 
-    def __init__(self, sites: tuple[AnySite, ...], max_length: int) -> None:
+    def __init__(self, sites: tuple[AnySite, ...], max_length: int, module: torch.fx.GraphModule) -> None:
         self.sites = sites
         self.max_length = max_length
+        self._module = module
+
+    def fingerprint(self) -> str:
+        """Of the weights and of how the cache is kept: tells a file of another model's cache. Samples large tensors."""
+        digest = hashlib.sha256(repr(self.sites).encode())
+        for name, tensor in sorted((*self._module.named_parameters(), *self._module.named_buffers())):
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+        return digest.hexdigest()
 
 
 class CachedProgram:
@@ -53,7 +68,7 @@ class CachedProgram:
         self.program, self.form, self.lifted = program, form, lifted
         found = cache_pass(options.passes)
         assert found is not None
-        self.owner = CacheOwner(lifted.sites, getattr(found, "max_length", UNLIMITED))
+        self.owner = CacheOwner(lifted.sites, getattr(found, "max_length", UNLIMITED), lifted.module)
         if owner is not None and owner.sites == self.owner.sites:
             self.owner = owner  # the same weights in another mode: caches go on
         self.device = torch.device(next((one.device for one in program.inputs if one.device), "cpu"))
@@ -109,8 +124,12 @@ class CachedProgram:
     def new_state(self, batch: int, limit: int | None = None) -> KVState:
         return KVState(self.owner.sites, limit or self.owner.max_length, batch, self.device)
 
-    def new_cache(self) -> DecoderCache:
-        return cache_class()(self.owner)
+    def new_cache(self, path: str | os.PathLike[str] | None = None) -> DecoderCache:
+        """An empty one, or what :meth:`DecoderCache.save` wrote to ``path``."""
+        cache = cache_class()(self.owner)
+        if path is not None:
+            cache.state = kv_cache_file.read(path, self.new_state(0), self.owner.fingerprint())
+        return cache
 
     def for_generate(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keywords of ``generate`` with a cache of ours, unless the caller wants none or has one."""
@@ -118,8 +137,8 @@ class CachedProgram:
         for source in (kwargs, vars(config) if config is not None else {}):
             if source.get("cache_implementation") is not None:
                 raise BadArgument(
-                    f"cache_implementation={source['cache_implementation']!r}: this module keeps its cache itself; leave "
-                    "it out"
+                    f"cache_implementation={source['cache_implementation']!r}: this module keeps its cache itself; "
+                    "leave it out"
                 )
         wanted = kwargs.get("use_cache", getattr(config, "use_cache", None))
         if wanted is False or kwargs.get("past_key_values") is not None:
@@ -195,8 +214,8 @@ class CachedProgram:
             return None
         if not isinstance(given, DecoderCache):
             raise CacheMismatch(
-                f"past_key_values is a {type(given).__name__}, but this module keeps its cache itself: leave it out, or "
-                "give what compiled.new_cache() or an earlier call returned"
+                f"past_key_values is a {type(given).__name__}, but this module keeps its cache itself: leave it out, "
+                "or give what compiled.new_cache() or an earlier call returned"
             )
         if given.owner is not self.owner:
             raise CacheMismatch(
@@ -215,8 +234,8 @@ class CachedProgram:
             )
         if tuple(mask.shape) != (batch, total):
             raise BadArgument(
-                f"attention_mask has shape {tuple(mask.shape)}, but must cover the {state.tokens} tokens in the cache and "
-                f"the {count} of this call: ({batch}, {total})"
+                f"attention_mask has shape {tuple(mask.shape)}, but must cover the {state.tokens} tokens in the cache "
+                f"and the {count} of this call: ({batch}, {total})"
             )
         shown = mask != 0
         if bool(shown.all()):

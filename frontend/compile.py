@@ -20,7 +20,6 @@ from .compiled import CompiledModule
 from .decode_form import DecodeForm, named_call
 from .options import Options
 
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 

@@ -67,6 +67,11 @@ class CompiledModule(torch.nn.Module):
         """The user's module."""
         return self._orig_mod
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a pass put a KV cache into the module, so that calls take and give ``past_key_values``."""
+        return self._form is not None
+
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``, its steps going through the compiled forward."""
         model = self._orig_mod
@@ -116,7 +121,7 @@ class CompiledModule(torch.nn.Module):
         named: dict[str, Any],
         calibration: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = (),
     ) -> None:
-        """Capture for a KV cache. Raises ``CaptureError``, and ``NotADecoder`` where part of the model cannot have one."""
+        """Capture for a KV cache. Raises ``CaptureError``, or ``NotADecoder`` where a part cannot have one."""
         self._form = form
         self.capture_export((), named, None, calibration)
         self._decoder()
@@ -131,11 +136,15 @@ class CompiledModule(torch.nn.Module):
             self._decoders[mode] = CachedProgram.make(program, self._form, self.options, owner)
         return self._decoders[mode]
 
-    def new_cache(self) -> DecoderCache:
-        """An empty ``past_key_values`` for calls of this module. Only with a pass that inserts a KV cache."""
+    def new_cache(self, path: str | Path | None = None) -> DecoderCache:
+        """A ``past_key_values`` for calls of this module: empty, or what its ``save`` wrote to ``path``.
+
+        Only with a pass that inserts a KV cache. Raises :class:`~tilewright.runtime.errors.CacheMismatch` for the
+        file of another model's cache, :class:`~tilewright.runtime.errors.SaveError` for one that is damaged.
+        """
         if self._form is None:
             raise BadArgument("this module has no KV cache: compile with passes=[KVCache(max_length=...)]")
-        return self._decoder().new_cache()
+        return self._decoder().new_cache(path)
 
     def _program(self) -> ExportedProgram:
         """The exported graph of the mode we are in; captured when a mode is met for the first time."""

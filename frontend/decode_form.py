@@ -1,7 +1,7 @@
 """How a decoder is captured for a cache, and how its calls are read.
 
-The graph is captured without a cache on inputs we choose: token ids (B, L), the padding mask, positions, and the rows to
-compute logits for as an index tensor, each where ``forward`` has it.
+The graph is captured without a cache on inputs we choose: token ids (B, L), the padding mask, positions, and the rows
+to compute logits for as an index tensor, each where ``forward`` has it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ class DecodeCall:
 
 @dataclass(frozen=True)
 class DecodeForm:
-    """tokens: the input that holds token ids. parameters: forward's, in order. constants: other arguments it was captured
-    with. vocabulary: number of token ids. keeps_logits, has_positions, has_mask: what forward takes."""
+    """How one decoder is called.
+
+    tokens: the input that holds token ids. parameters: forward's, in order. constants: other arguments it was captured
+    with. vocabulary: number of token ids. keeps_logits, has_positions, has_mask: what forward takes.
+    extra: further tensors of the example inputs.
+    """
 
     tokens: str
     parameters: tuple[str, ...]

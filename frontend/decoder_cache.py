@@ -7,12 +7,15 @@ The class below needs no transformers. Where that is loaded, :func:`cache_class`
 from __future__ import annotations
 
 import functools
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime.errors import CacheMismatch
+from ..runtime import kv_cache_file
+from ..runtime.errors import CacheMismatch, SaveError
 from ..runtime.kv_cache import KVState
 
 if TYPE_CHECKING:
@@ -110,6 +113,15 @@ class DecoderCache:
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return self.get_seq_length() > 0
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the tokens held to a file that ``compiled.new_cache(path)`` reads; return its path.
+
+        Raises :class:`~tilewright.runtime.errors.SaveError` for an empty cache and a file that cannot be written.
+        """
+        if self.state is None:
+            raise SaveError("the cache is empty: call the module with it first")
+        return kv_cache_file.write(self.state, path, self.owner.fingerprint())
 
     # Changing it between calls.
 

@@ -1,8 +1,8 @@
 """From a graph whose keys are all its own to one that reads and writes a KV cache.
 
 Each ``cached_attention`` (and ``streaming_attention``) becomes its ``_step`` with its store as new inputs;
-``length``, ``first`` and the page table are shared by all. The padding mask is no input any more: ``first`` says what it
-said. One graph serves prefill, chunks and decoding.
+``length``, ``first`` and the page table are shared by all. The padding mask is no input any more: ``first`` says what
+it said. One graph serves prefill, chunks and decoding.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Lifted:
 def lift(lowered: torch.fx.GraphModule, names: Sequence[str], tokens: str, mask: str = "attention_mask") -> Lifted:
     """A copy of ``lowered`` that shares its tensors and keeps its cache in inputs.
 
-    names: of the graph's inputs, in order. tokens: which of them holds the token ids (B, L). mask: which one the padding
-    mask. Raises :class:`~tilewright.runtime.errors.NotADecoder` for a graph that cannot run token by token.
+    names: of the graph's inputs, in order. tokens: which of them holds the token ids (B, L). mask: which one the
+    padding mask. Raises :class:`~tilewright.runtime.errors.NotADecoder` for a graph that cannot run token by token.
     """
     module = copy_module(lowered)
     graph = module.graph
@@ -86,8 +86,8 @@ def lift(lowered: torch.fx.GraphModule, names: Sequence[str], tokens: str, mask:
             graph.erase_node(node)
     if mask in left:
         raise NotADecoder(
-            f"{mask} is read by more than the attention ({next(iter(placeholders[mask].users))}), as when positions are "
-            "counted from it: a cached call has no such mask, so the model needs position_ids as an input"
+            f"{mask} is read by more than the attention ({next(iter(placeholders[mask].users))}), as when positions "
+            "are counted from it: a cached call has no such mask, so the model needs position_ids as an input"
         )
     graph.lint()
     module.recompile()
@@ -142,7 +142,7 @@ def why_not_token_by_token(module: torch.fx.GraphModule) -> str | None:
         name = node.target._opname
         if node.target.namespace == "tilewright" and name in MIXING:
             return where
-        if name.startswith("scaled_dot_product") or name.startswith("_scaled_dot_product"):
+        if name.startswith(("scaled_dot_product", "_scaled_dot_product")):
             return where
         if name in ("softmax", "_softmax") and isinstance(found := value(node), torch.Tensor):
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
@@ -169,8 +169,8 @@ def _check_positions(graph: torch.fx.Graph, inputs: set[Node]) -> None:
         name = getattr(node.target, "_opname", "")
         if sizes and name not in _FILLS and isinstance(value(node), torch.Tensor):
             raise NotADecoder(
-                f"the model counts positions itself, from the length of the call ({node.name}: {name}), and a cached call "
-                "starts in the middle: its forward needs position_ids",
+                f"the model counts positions itself, from the length of the call ({node.name}: {name}), and a cached "
+                "call starts in the middle: its forward needs position_ids",
                 site=_module(node),
             )
 

@@ -110,6 +110,11 @@ def _program_of(compiled: CompiledModule | LoadedModule) -> Program:
             "only a model captured whole by torch.export can be saved, and this one was captured by Dynamo"
             + (f" because {why}" if why else ": give compile() example_inputs or example_kwargs")
         )
+    if compiled.decodes:
+        raise SaveError(
+            "a module with a KV cache cannot be saved yet: save the model and compile it again, or save the same "
+            "compilation without the passes on its cache"
+        )
     program = compiled._program()
     captured = program.captured
     return Program(

@@ -29,8 +29,8 @@ class KVCache(Pass):
 
         out_t = softmax(scale * q_t . [k_0 .. k_t]) [v_0 .. v_t]     k, v of earlier tokens from the cache
 
-    The technique is as old as Transformer decoding; the layout in pages follows Kwon et al., "Efficient Memory Management
-    for Large Language Model Serving with PagedAttention" (SOSP 2023), section 4.
+    The technique is as old as Transformer decoding; the layout in pages follows Kwon et al., "Efficient Memory
+    Management for Large Language Model Serving with PagedAttention" (SOSP 2023), section 4.
 
     Every causal self-attention is rewritten, whatever its window; the padding mask becomes the index of each sequence's
     first token. The compiled module takes the calls that the model takes, ``past_key_values`` and ``generate`` among

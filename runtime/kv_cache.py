@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codegen.cache_format import CacheFormat, is_recent, parse_format
+from ..codegen.cache_format import CacheFormat, parse_format
 from .errors import CacheFull, CacheMismatch
+from .ops import cache_store
 from .streaming_site import StreamingSite
 
 
@@ -23,8 +24,9 @@ from .streaming_site import StreamingSite
 class CacheSite:
     """One attention site's share of a cache.
 
-    name: the site's id in the report. format: canonical text of a :class:`~tilewright.codegen.cache_format.CacheFormat`.
-    Heads and channels of what is kept of keys and of values; dtype of what is kept whole.
+    name: the site's id in the report. format: canonical text of its
+    :class:`~tilewright.codegen.cache_format.CacheFormat`. Heads and channels of what is kept of keys and of values;
+    dtype of what is kept whole.
     """
 
     name: str
@@ -60,9 +62,9 @@ AnySite = CacheSite | StreamingSite
 class KVState:
     """Tokens of ``batch`` sequences.
 
-    tokens: held by each of them. length: the same as int32 (batch,). first: int32 (batch,), the index of the first token
-    that is no (left) padding. pages: int32 (batch, capacity / page) or None. flat: the tensors of all sites in order.
-    limit: most tokens a sequence may have.
+    tokens: held by each of them. length: the same as int32 (batch,). first: int32 (batch,), the index of the first
+    token that is no (left) padding. pages: int32 (batch, capacity / page) or None. flat: the tensors of all sites in
+    order. limit: most tokens a sequence may have.
     """
 
     def __init__(self, sites: Sequence[AnySite], limit: int, batch: int, device: torch.device | str = "cpu") -> None:
@@ -85,11 +87,14 @@ class KVState:
         self._shared: list[int] = []
         if self.page:
             self.pages = torch.full((batch, self.capacity // self.page), -1, dtype=torch.int32, device=self.device)
-        self.names: list[str] = []
         self.flat: list[Tensor] = []
+        self.grows: list[bool] = []
+        """Which tensors have an entry for each token there is room for; the others have a row a sequence."""
         for site in self.sites:
+            larger = site.store(batch, 2 * self.capacity, 1)
             for name, (shape, dtype) in site.store(batch, self.capacity, 0).items():
-                self.names.append(name)
+                self.grows.append(larger[name][0] != shape)
+                # Zeros: what a kernel reads beside the tokens must be finite.
                 self.flat.append(torch.zeros(shape, dtype=dtype, device=self.device))
 
     def _set_batch(self, batch: int) -> None:
@@ -105,8 +110,8 @@ class KVState:
         """
         if self.tokens + count > self.limit:
             raise CacheFull(
-                f"the cache holds {self.tokens} tokens a sequence and has room for {self.limit}, so {count} more do not "
-                "fit: compile with a larger max_length, or crop the cache"
+                f"the cache holds {self.tokens} tokens a sequence and has room for {self.limit}, so {count} more do "
+                "not fit: compile with a larger max_length, or crop the cache"
             )
         if self.broken:
             raise CacheMismatch(self.broken)
@@ -120,7 +125,7 @@ class KVState:
 
     def failed(self) -> None:
         """A call broke off after it may have written: tokens that stay whole in a ring may be lost."""
-        if any(is_recent(name) for name in self.names):
+        if not all(self.grows):
             self.broken = "a call with this cache broke off half-way, and its newest tokens are lost: start a new cache"
 
     def set_first(self, first: Tensor) -> None:
@@ -147,7 +152,15 @@ class KVState:
             self.pages[:, keep:] = -1
 
     def _take_back(self, tokens: int) -> None:
-        """Quantized tokens that are among the newest again come back to the ring, as the codes hold them."""
+        """Tokens that are among the newest again come back to the rings, as their codes hold them."""
+        start = 0
+        for site in self.sites:
+            names = site.names()
+            store = dict(zip(names, self.flat[start : start + len(names)], strict=True))
+            start += len(names)
+            if site.layout.quantized:
+                after = torch.full_like(self.length, tokens)
+                cache_store.restore_recent(store, self.length, after, self.pages, site.layout)
 
     def select(self, indices: Tensor) -> None:
         """Sequence i of the new batch is sequence ``indices[i]`` of this one: int (new batch,)."""
@@ -155,10 +168,10 @@ class KVState:
         batch = len(indices)
         if batch == self.batch and torch.equal(indices, torch.arange(batch, device=self.device)):
             return
-        for index, (name, tensor) in enumerate(zip(self.names, self.flat, strict=True)):
-            if self.page and not is_recent(name):
+        for index, (grows, tensor) in enumerate(zip(self.grows, self.flat, strict=True)):
+            if self.page and grows:
                 continue
-            used = tensor.shape[2] if is_recent(name) else -(-self.tokens * tensor.shape[2] // self.capacity)
+            used = -(-self.tokens * tensor.shape[2] // self.capacity) if grows else tensor.shape[2]
             chosen = tensor[:, :, :used].index_select(0, indices)
             if batch != self.batch:
                 self.flat[index] = tensor = tensor.new_zeros((batch, *tensor.shape[1:]))
@@ -194,12 +207,8 @@ class KVState:
         first, last = start // self.page, -(-stop // self.page)
         table = self.pages[:, first:last].tolist()
         missing = [(b, i) for b, row in enumerate(table) for i, page in enumerate(row) if page < 0]
-        shared = [
-            (b, i, page)
-            for b, row in enumerate(table)
-            for i, page in enumerate(row)
-            if page >= 0 and self._shared[page] > 1
-        ]
+        held = [(b, i, page) for b, row in enumerate(table) for i, page in enumerate(row) if page >= 0]
+        shared = [(b, i, page) for b, i, page in held if self._shared[page] > 1]
         if not missing and not shared:
             return
         self._grow(len(missing) + len(shared))
@@ -208,8 +217,8 @@ class KVState:
         for b, i, page in shared:
             if self._shared[page] > 1:
                 own = self._take()
-                for name, tensor in zip(self.names, self.flat, strict=True):
-                    if not is_recent(name):
+                for grows, tensor in zip(self.grows, self.flat, strict=True):
+                    if grows:
                         tensor[own] = tensor[page]
                 self._shared[page] -= 1
                 self.pages[b, first + i] = own
@@ -220,8 +229,8 @@ class KVState:
         if wanted <= len(self._free):
             return
         more = max(wanted - len(self._free), min(have, self.batch * (self.capacity // self.page) - have), 1)
-        for index, (name, tensor) in enumerate(zip(self.names, self.flat, strict=True)):
-            if is_recent(name):
+        for index, (grows, tensor) in enumerate(zip(self.grows, self.flat, strict=True)):
+            if not grows:
                 continue
             larger = tensor.new_zeros((have + more, *tensor.shape[1:]))
             larger[:have] = tensor
@@ -251,6 +260,6 @@ class KVState:
 
     def bytes_per_token(self) -> float:
         """Allocated bytes a token of one sequence, the rings of recent tokens left out: they do not grow."""
-        growing = [tensor.nbytes for name, tensor in zip(self.names, self.flat, strict=True) if not is_recent(name)]
+        growing = [tensor.nbytes for grows, tensor in zip(self.grows, self.flat, strict=True) if grows]
         room = len(self._shared) * self.page if self.page else self.batch * self.capacity
         return sum(growing) / room if room else 0.0
