@@ -26,8 +26,8 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
 
     q (B, Hq, L, D), any strides; L at most 8. store: the tensors of the format in order (codegen/cache_format.py),
     contiguous below their third dimension, with length[b] + L tokens of sequence b. rebuild: what rebuilds latent
-    keys, contiguous. length, first int32 (B,); pages int32 (B, S / page) or None; all contiguous. out (B, Hq, L, Dv)
-    lies in memory as (B, L, Hq, Dv).
+    keys, contiguous. length, first int32 (B,); pages int32 (B, S / page) or None; all contiguous. out (B, Hq, L, Dv),
+    contiguous.
     """
     dtype = getattr(torch, spec["dtype"])
     value_dim = spec["value_dim"]
@@ -37,7 +37,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         batch, heads, length, _ = q.shape
         pages_wide = 0 if pages is None else pages.shape[1]
         numbers = [batch, heads, store[0].shape[1], store[-1].shape[1], length, pages_wide]
-        numbers += [*q.stride(), length * heads * value_dim, value_dim, heads * value_dim, 1]
+        numbers += [*q.stride(), heads * length * value_dim, length * value_dim, value_dim, 1]
         for tensor in store:
             if tensor.numel() and not tensor[0, 0, 0].is_contiguous():
                 raise ValueError("the tensors of a cache must be contiguous below their third dimension")
@@ -67,7 +67,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
         if layout is None:
             layout = layouts[key] = layout_of(q, rebuild, store, pages)
         batch, heads, queries, _ = shape
-        out = empty((batch, queries, heads, value_dim), dtype)
+        out = empty((batch, heads, queries, value_dim), dtype)
         function(
             torch.get_num_threads(),
             q.data_ptr(),
@@ -82,6 +82,6 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[[Sequence[i
             scale,
             layout,
         )
-        return out.transpose(1, 2)
+        return out
 
     return launch
