@@ -113,17 +113,10 @@ class Study:
             given["calibration"] = [((), {"input_ids": block}) for block in blocks]
         return compile(self.loaded.model, setting.passes, rest="eager", validate=False, strict=True, **given)
 
-    def feed_of(self, setting: Setting, compiled: Any) -> Callable[[], Feed]:
-        """How to begin a new batch of sequences."""
-
-        def cached() -> Feed:
-            cache = compiled.new_cache()
-            return lambda ids: compiled(input_ids=ids, past_key_values=cache, use_cache=True).logits
-
-        def plain() -> Feed:
-            return Growing(self.loaded.model).feed
-
-        return cached if setting.passes else plain
+    def feed_of(self, compiled: Any) -> Feed:
+        """A new batch of sequences."""
+        cache = compiled.new_cache()
+        return lambda ids: compiled(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
     @functools.cached_property
     def text(self) -> Tensor:
@@ -133,47 +126,43 @@ class Study:
         begin = time.perf_counter()
         with torch.no_grad():
             if part == "bytes":
-                result = sizes(compiled) if setting.passes else {}
+                result: dict[str, Any] = sizes(compiled)
             elif part == "needle":
-                result = self.needle(self.feed_of(setting, compiled))
+                result = self.needle(compiled)
             else:
-                result = self.decode(setting, self.feed_of(setting, compiled))
+                result = self.decode(compiled) if setting.passes else self.plain()
         return result | {"seconds": time.perf_counter() - begin}
 
     # Text.
 
-    def decode(self, setting: Setting, new: Callable[[], Feed]) -> dict[str, Any]:
-        ids, feed = self.text, new()
-        loss, kl, same, compared, kept = 0.0, 0.0, 0, 0, []
-        truths = None if not setting.passes else torch.load(self.truth, mmap=True)
-        # Without a cache the order makes no difference, and all at once is what the model does.
+    def plain(self) -> dict[str, Any]:
+        """The model as it is, each sequence at once; keeps its log-probabilities for the others to be compared with."""
+        model: Any = self.loaded.model
+        loss, kept = 0.0, []
+        for row in self.text:
+            logs = F.log_softmax(model(input_ids=row[None], use_cache=False).logits[0].float(), -1)
+            loss -= logs[:-1].gather(-1, row[1:, None]).double().sum().item()
+            kept.append(logs[::EVERY].clone())
+        torch.save(torch.stack(kept, dim=1), self.truth)
+        return {"loss": loss, "tokens": len(self.text) * (self.length - 1), "compared": 0}
+
+    def decode(self, compiled: Any) -> dict[str, Any]:
+        ids, feed, truths = self.text, self.feed_of(compiled), torch.load(self.truth, mmap=True)
+        loss, kl, same, compared, at = 0.0, 0.0, 0, 0, 0
         steps = range(PROMPT, self.length, self.step)
-        calls = [PROMPT, *(min(self.step, self.length - at) for at in steps)] if setting.passes else [self.length]
-        at = 0
-        for count in calls:
-            logits = feed(ids[:, at : at + count])
-            for index in range(count):
-                logs = F.log_softmax(logits[:, index].float(), -1)
+        for count in (PROMPT, *(min(self.step, self.length - start) for start in steps)):
+            for logits in feed(ids[:, at : at + count]).unbind(1):
+                logs = F.log_softmax(logits.float(), -1)
                 if at + 1 < self.length:
                     loss -= logs.gather(-1, ids[:, at + 1, None]).double().sum().item()
                 if at % EVERY == 0:
-                    if truths is None:
-                        kept.append(logs)
-                    else:
-                        truth = truths[at // EVERY]
-                        kl += F.kl_div(logs, truth, reduction="sum", log_target=True).item()
-                        same += int((logs.argmax(-1) == truth.argmax(-1)).sum())
-                        compared += len(truth)
+                    truth = truths[at // EVERY]
+                    kl += F.kl_div(logs, truth, reduction="sum", log_target=True).item()
+                    same += int((logs.argmax(-1) == truth.argmax(-1)).sum())
+                    compared += len(truth)
                 at += 1
-        if truths is None:
-            torch.save(torch.stack(kept), self.truth)
-        return {
-            "loss": loss,
-            "tokens": len(ids) * (self.length - 1),
-            "kl": kl,
-            "same": same,
-            "compared": compared,
-        }
+        tokens = len(ids) * (self.length - 1)
+        return {"loss": loss, "tokens": tokens, "kl": kl, "same": same, "compared": compared}
 
     @property
     def truth(self) -> Path:
@@ -202,10 +191,10 @@ class Study:
             found.append((depth, *(torch.tensor(list(each)) for each in zip(*rows, strict=True))))
         return found
 
-    def needle(self, new: Callable[[], Feed]) -> dict[str, Any]:
+    def needle(self, compiled: Any) -> dict[str, Any]:
         rows = []
         for depth, text, asked, answer in self.prompts():
-            feed = new()
+            feed = self.feed_of(compiled)
             feed(text)
             for index in range(asked.shape[1]):
                 logs = F.log_softmax(feed(asked[:, index : index + 1])[:, -1].float(), -1)
@@ -231,7 +220,9 @@ class Study:
         begin, longest = time.perf_counter(), 0.0
         for setting in settings:
             compiled = None
-            for part in [p for p in parts if not self.path(setting, p).exists()]:
+            # Without a cache there are no bytes, and asking token by token would read the text again and again.
+            wanted = parts if setting.passes else [p for p in parts if p == "decode"]
+            for part in [p for p in wanted if not self.path(setting, p).exists()]:
                 if time.perf_counter() - begin + longest > seconds:
                     return False
                 started = time.perf_counter()
@@ -263,21 +254,6 @@ class Study:
             "commit": machine.commit(),
             "rows": rows,
         }
-
-
-class Growing:
-    """The model without any cache: each call computes the whole text again."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.seen: Tensor | None = None
-
-    def feed(self, ids: Tensor) -> Tensor:
-        self.seen = ids if self.seen is None else torch.cat((self.seen, ids), dim=1)
-        rows = [
-            self.model(input_ids=row[None], use_cache=False, logits_to_keep=ids.shape[1]).logits for row in self.seen
-        ]
-        return torch.cat(rows)
 
 
 def sizes(compiled: Any) -> dict[str, float]:
