@@ -14,6 +14,7 @@ from ..runtime.ops import OPS
 from ._key_projection import Projection, constant
 from ._rotary import evaluate
 from .base import Builder, SiteContext
+from .kv_cache import POSITIONS
 from .view import arguments, value
 
 Node = torch.fx.Node
@@ -183,8 +184,6 @@ def weight_rows(site: SiteContext, projection: Projection) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ angles' tables
 
 _TABLES = "tilewright_angles"
-POSITIONS_KEY = "tilewright_max_length"
-"""Key of a ``cached_attention`` node's metadata: tokens that its cache may hold."""
 
 
 def why_no_tables(site: SiteContext, key: Projection) -> str | None:
@@ -222,7 +221,7 @@ def _halves(rows: Tensor, key: Projection) -> tuple[Tensor, Tensor]:
 def tables(builder: Builder, site: SiteContext, key: Projection) -> list[Node]:
     """Nodes of cos and sin (positions, rotary / 2), float32, for as many positions as the cache holds tokens."""
     assert key.rope is not None
-    positions = site.node.meta.get(POSITIONS_KEY) or _longest(site)
+    positions = site.node.meta.get(POSITIONS) or _longest(site)
     found = []
     for which in ("cos", "sin"):
         angles = arguments(key.rope)[which]

@@ -19,6 +19,8 @@ from .view import arguments, same_size, value
 Node = torch.fx.Node
 aten = torch.ops.aten
 MAX_LENGTH = 2**31 - 1
+POSITIONS = "tilewright_max_length"
+"""Key of a ``cached_attention`` node's metadata: tokens that its cache may hold."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class KVCache(Pass):
         }
 
         def build(builder: Builder) -> Node:
-            return builder.call(
+            node = builder.call(
                 OPS["cached_attention"].overload,
                 named["q"],
                 named["k"],
@@ -104,6 +106,8 @@ class KVCache(Pass):
                 normalizer=named["normalizer"],
                 format=form.text(),
             )
+            node.meta[POSITIONS] = self.max_length
+            return node
 
         return Rewrite(build, details)
 
