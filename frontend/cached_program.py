@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from ..passes.metrics import tensor_error
 from ..runtime import kv_cache_file, memory
 from ..runtime.errors import BadArgument, CacheFull, CacheMismatch, NotADecoder
 from ..runtime.kv_cache import AnySite, KVState
+from .capture import untouched
 from .decode_form import DecodeForm
 from .decoder_cache import DecoderCache, cache_class
 from .exported import ExportedProgram
@@ -26,6 +28,8 @@ from .lift_cache import Lifted, lift, why_not_token_by_token
 from .options import Options
 
 PROPERTY = "kv-cache"
+MEASURED = 1024
+"""Tokens of the cache whose memory is measured for the report."""
 SAMPLES = 4096
 """Entries of a weight that go into a fingerprint."""
 UNLIMITED = 2**31 - 1
@@ -79,6 +83,7 @@ class CachedProgram:
         if options.memory == "pool":
             self.run = memory.pooled(self.run)
         self.table = table_end(lifted.module)
+        self.turns_keys = any(site.layout.rotate for site in lifted.sites)
         self._last = torch.zeros(1, dtype=torch.int64, device=self.device)
 
     @staticmethod
@@ -144,6 +149,18 @@ class CachedProgram:
         if wanted is False or kwargs.get("past_key_values") is not None:
             return kwargs
         return kwargs | {"past_key_values": self.new_cache()}
+
+    def figures(self) -> dict[str, float]:
+        """What one sequence takes, measured on tensors that are allocated for it. See :class:`Report`."""
+        small = self.new_state(1, min(self.owner.max_length, MEASURED))
+        small.reserve(1)
+        fixed = sum(tensor.nbytes for grows, tensor in zip(small.grows, small.flat, strict=True) if not grows)
+        return {
+            "sites": len(self.owner.sites),
+            "tokens": self.owner.max_length,
+            "bytes_per_token": small.bytes_per_token(),
+            "fixed_bytes": fixed,
+        }
 
     # Calls.
 
@@ -263,10 +280,14 @@ class CachedProgram:
         for name in self.lifted.inputs:
             if name == "position_ids":
                 given = tensors.get(name)
+                start = state.first if first is None else first
                 if given is None:
-                    start = state.first if first is None else first
-                    index = torch.arange(state.tokens, state.tokens + count, device=self.device)
-                    given = (index - start[:, None].to(torch.int64)).clamp_min(0)
+                    given = self._positions(state, start, count)
+                elif self.turns_keys and not self._as_counted(given, state, start, count):
+                    raise BadArgument(
+                        "position_ids must count each sequence's tokens from 0, padding left out: keys are kept before "
+                        "they are turned by their positions"
+                    )
                 if given.shape[-1] != count:
                     raise BadArgument(f"position_ids has {given.shape[-1]} positions, but the call has {count} tokens")
                 self._check_table(given, state.tokens + count)
@@ -281,6 +302,33 @@ class CachedProgram:
             return
         if (last := int(positions.max())) >= self.table:
             raise CacheFull(f"position {last} is beyond the model's table of {self.table} positions")
+
+    def _positions(self, state: KVState, first: Tensor, count: int) -> Tensor:
+        """What the model takes for positions when it is given none: int64 (B, L) or (L,)."""
+        index = torch.arange(state.tokens, state.tokens + count, device=self.device)
+        padded = state.padded or bool((first > 0).any())
+        if not padded or not (self.turns_keys or self._skips_padding):
+            return index
+        return (index - first[:, None].to(torch.int64)).clamp_min(0)
+
+    def _as_counted(self, given: Tensor, state: KVState, first: Tensor, count: int) -> bool:
+        index = torch.arange(state.tokens, state.tokens + count, device=self.device)
+        from_first = index - first[:, None].to(torch.int64)
+        return bool(((given == from_first) | (from_first < 0)).all())
+
+    @functools.cached_property
+    def _skips_padding(self) -> bool:
+        """Whether the model leaves padding out when it counts positions itself. Asked of the model, once."""
+        named = self.form.example(self.program.model, self.device)
+        mask = named["attention_mask"].clone()
+        mask[0, :3] = 0
+        given = self.form.complete({self.form.tokens: named[self.form.tokens], "attention_mask": mask})
+        found = []
+        for call in (given, {name: value for name, value in given.items() if name != "position_ids"}):
+            with untouched(self.program.model), torch.no_grad():
+                out = pytree.tree_leaves(self.program.model(**call))
+            found.append(next(t for t in out if isinstance(t, Tensor) and t.is_floating_point())[:, 3:])
+        return tensor_error(found[1], found[0])["rel_l2"] <= torch.finfo(found[0].dtype).eps ** 0.5
 
     def _kept(self, keep: Any, count: int) -> Tensor:
         if isinstance(keep, Tensor):

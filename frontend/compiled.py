@@ -241,9 +241,12 @@ class CompiledModule(torch.nn.Module):
             error, seconds = first.model_error, first.seconds
         elif measured := [record.error for record in self.records if record.error is not None]:
             error = ModelError.of(max(measured, key=lambda e: e["rel_l2"]))
-        return assemble.assemble(
+        report = assemble.assemble(
             type(self._orig_mod).__name__, self.options, self.records, capture, error, seconds=seconds
         )
+        if self._decoders:
+            report.cache = next(iter(self._decoders.values())).figures()
+        return report
 
     def dump(self, folder: str | Path, *, overwrite: bool = False, backward: bool | None = None) -> Path:
         """Write graphs, kernels, report and standalone checks to ``folder``; see :mod:`tilewright.frontend.dump`."""

@@ -24,6 +24,7 @@ from .condense import Box, Segment, condense_pair, merged_name
 from .layout import layered
 from .report import DeclinedSite, NearMissSite, Report, worst_error
 from .report_print import (
+    cache_line,
     format_error,
     group_sites,
     model_error_facts,
@@ -149,6 +150,7 @@ def fragment(report: Report, *, full: bool = False) -> str:
         report=report,
         passes=rows,
         facts=model_error_facts(report.model_error) if report.model_error is not None else [],
+        cache=cache_line(report.cache) if report.cache else "",
         kernels=[(*key, len(ks), "; ".join(g.site for g in group_sites(ks))) for key, ks in kernels.items()],
         found=sorted(counts.items(), key=lambda item: -item[1]),
         raising=raising,

@@ -214,6 +214,9 @@ class Report:
     raising: RaisingReport = field(default_factory=RaisingReport)
     warnings: list[str] = field(default_factory=list)
     model: str = ""
+    cache: dict[str, float] = field(default_factory=dict)
+    """Of a module with a KV cache: ``sites``, ``tokens`` (room for), ``bytes_per_token`` and ``fixed_bytes`` as
+    allocated for one sequence; empty for other modules."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able data, the same keys whatever happened.
@@ -256,6 +259,7 @@ class Report:
             ),
             list(data.get("warnings", [])),
             data.get("model", ""),
+            dict(data.get("cache", {})),
         )
 
     def __rich__(self) -> Any:

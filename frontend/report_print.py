@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +117,21 @@ def renderable(report: Report) -> RenderableType:
         parts += _sites(one)
     parts += _breaks(report)
     parts.append(_model_error(report))
+    if report.cache:
+        parts.append(Text(cache_line(report.cache)))
     parts += _kernels(report)
     parts += _raising(report)
     parts += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
     parts.append(_seconds(report))
     return Group(*parts)
+
+
+def cache_line(cache: Mapping[str, float]) -> str:
+    """What a KV cache takes, in a line."""
+    line = f"KV cache: {cache['sites']:g} sites, {cache['bytes_per_token']:,.10g} bytes a token"
+    if cache["fixed_bytes"]:
+        line += f" and {cache['fixed_bytes']:,.10g} bytes that do not grow"
+    return f"{line}, room for {cache['tokens']:,.10g} tokens a sequence"
 
 
 def _header(report: Report) -> Text:
