@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.cache_format import CacheFormat, parse_format
+from . import memory
 from .errors import CacheFull, CacheMismatch
 from .ops import cache_store
 from .streaming_site import StreamingSite
@@ -95,7 +96,7 @@ class KVState:
             for name, (shape, dtype) in site.store(batch, self.capacity, 0).items():
                 self.grows.append(larger[name][0] != shape)
                 # Zeros: what a kernel reads beside the tokens must be finite.
-                self.flat.append(torch.zeros(shape, dtype=dtype, device=self.device))
+                self.flat.append(memory.lasting_zeros(shape, dtype, self.device))
 
     def _set_batch(self, batch: int) -> None:
         self.batch = batch
@@ -174,7 +175,8 @@ class KVState:
             used = -(-self.tokens * tensor.shape[2] // self.capacity) if grows else tensor.shape[2]
             chosen = tensor[:, :, :used].index_select(0, indices)
             if batch != self.batch:
-                self.flat[index] = tensor = tensor.new_zeros((batch, *tensor.shape[1:]))
+                tensor = memory.lasting_zeros((batch, *tensor.shape[1:]), tensor.dtype, self.device)
+                self.flat[index] = tensor
             tensor[:, :, :used] = chosen
         if self.pages is not None:
             old = self.pages
@@ -232,7 +234,7 @@ class KVState:
         for index, (grows, tensor) in enumerate(zip(self.grows, self.flat, strict=True)):
             if not grows:
                 continue
-            larger = tensor.new_zeros((have + more, *tensor.shape[1:]))
+            larger = memory.lasting_zeros((have + more, *tensor.shape[1:]), tensor.dtype, self.device)
             larger[:have] = tensor
             self.flat[index] = larger
         self._free.extend(range(have + more - 1, have - 1, -1))

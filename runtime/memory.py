@@ -19,6 +19,8 @@ import contextlib
 import ctypes
 import functools
 import math
+import mmap
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +103,31 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return _empty_strided(shape, _contiguous(shape), dtype)
     finally:
         functions["leave"]()
+
+
+_HUGE_ADVICE = 14  # MADV_HUGEPAGE of Linux
+
+
+def lasting_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A tensor of zeros that is going to stay and be read from end to end: on Linux in huge pages where it is big.
+
+    The CPU reads from those up to twice as fast: with pages of 4 KiB it waits for the addresses of pages.
+    """
+    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type == "cpu" and size >= THRESHOLD and sys.platform.startswith("linux"):
+        page = mmap.PAGESIZE
+        begin = tensor.data_ptr() // page * page
+        # Advice only, and no harm to what lies beside the tensor: the answer does not matter.
+        _libc().madvise(begin, tensor.data_ptr() + size - begin, _HUGE_ADVICE)
+    return tensor.zero_()
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
 
 
 @contextlib.contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy
 import pytest
@@ -453,3 +455,17 @@ def test_a_module_that_is_not_asked_to_start_looks_once(fresh_cache, monkeypatch
     monkeypatch.setattr(load, "try_load", lambda *a: looked.append(a))
     assert [module.get(start=False) for _ in range(3)] == [None] * 3
     assert len(looked) == 1 and module._builder is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages are asked for on Linux")
+def test_zeros_that_stay_ask_for_huge_pages() -> None:
+    small, big = memory.lasting_zeros((3, 5), torch.bfloat16), memory.lasting_zeros((2**20, 3), torch.float32)
+    assert small.shape == (3, 5) and small.dtype == torch.bfloat16
+    assert not small.any() and not big.any()
+    flags, inside = "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= big.data_ptr() + 2**21 < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert " hg" in flags
