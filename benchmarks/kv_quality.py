@@ -266,8 +266,9 @@ def sizes(compiled: Any) -> dict[str, float]:
     found = {}
     for length in (short, long):
         state = KVState(sites, length, 1)
-        for name, tensor in zip(state.names, state.flat, strict=True):
-            side = (length, "k" if name.startswith("k") else "v")
+        names = [name for site in sites for name in site.names()]
+        for name, tensor in zip(names, state.flat, strict=True):
+            side = (length, "v" if name.startswith("v") else "k")
             found[side] = found.get(side, 0) + tensor.nbytes
     grown = {side: (found[long, side] - found[short, side]) / (long - short) for side in "kv"}
     constant = {side: found[short, side] - short * grown[side] for side in "kv"}

@@ -6,12 +6,15 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import decoders
 import pytest
+import tiny
 import torch
 from raise_cases import nodes, trace
 
+import tilewright as tw
 from tilewright.codegen.cache_format import CacheFormat, parse_format
-from tilewright.passes import GEAR, Exactness, Pass, QuantizeKV
+from tilewright.passes import GEAR, Exactness, KVCache, Pass, QuantizeKV
 from tilewright.passes.manager import PassRun, run_pass, sort_passes, validate
 from tilewright.passes.parse import parse_passes
 from tilewright.runtime import errors
@@ -182,3 +185,26 @@ def test_what_comes_before_and_what_excludes_each_other() -> None:
     with pytest.raises(errors.IllegalPassCombination, match="each of them says how the cache is kept"):
         sort_passes([Cache(), QuantizeKV(), GEAR()])
     assert "factor-keys" in QuantizeKV.after and "factor-keys" in GEAR.after
+
+
+def test_a_decoder_decodes_as_its_graph_says() -> None:
+    """Token by token through the cache, and the whole text at once through the form that validation measures."""
+    pytest.importorskip("transformers")
+    model, ids = decoders.model("llama"), tiny.tokens(2, 44)
+    passes = [KVCache(64, page_size=64), QuantizeKV(bits=4, group=16, window=16)]
+    compiled = tw.compile(model, passes=passes, rest="eager", target="reference")
+    assert [len(one.matched) for one in compiled.report.passes] == [model.config.num_hidden_layers] * 2
+    cache, out = compiled.new_cache(), []
+    for at, token in enumerate(ids.split(1, dim=1)):
+        out.append(compiled(input_ids=token, past_key_values=cache).logits)
+        if at == 40:  # four tokens that were a guess, two of them wrong
+            kept = copy.deepcopy(cache)
+            compiled(input_ids=ids[:, :4], past_key_values=cache)
+            cache.crop(41)
+            again = compiled(input_ids=ids[:, 41:42], past_key_values=cache).logits
+            torch.testing.assert_close(again, compiled(input_ids=ids[:, 41:42], past_key_values=kept).logits)
+            cache.crop(41)
+    # Sums in another order, in float32, through a few layers of order one.
+    wanted = compiled(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(out, dim=1), wanted, rtol=1e-4, atol=1e-4)
+    assert (wanted - model(input_ids=ids).logits)[:, -1].abs().max() > 1e-3

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...codegen.cache_format import CacheFormat
+from ...codegen.cache_format import CacheFormat, parse_format
 from ..errors import BadArgument
 from . import cache_codes, rms_norm, rope
+from .registry import LIBRARY
 
 Store = Mapping[str, Tensor]
 PARTS = ("codes", "scale", "offset", "left", "right", "outlier", "place")
@@ -183,17 +184,30 @@ def restore_recent(store: Store, before: Tensor, after: Tensor, pages: Tensor | 
 def rounded(x: Tensor, side: str, form: CacheFormat) -> Tensor:
     """x (B, H, L, D) as it comes back from the store once its groups are quantized; a last, incomplete group is whole.
 
-    Gradients pass as if nothing had been rounded (a straight-through estimate).
+    Gradients pass as if nothing had been rounded (a straight-through estimate). An op of its own: the number of groups
+    must not fix the length of a graph that is traced with any length.
     """
-    bits = form.bits_k if side == "k" else form.bits_v
-    blocks = x.shape[2] // form.group
-    if not bits or blocks == 0:
+    if not (form.bits_k if side == "k" else form.bits_v):
         return x
-    inner = x.detach()
-    groups = inner[:, :, : blocks * form.group].unflatten(2, (blocks, form.group))
-    old = cache_codes.dequantize(quantize_side(groups, side, form), bits, keys=side == "k", dtype=x.dtype)
-    result = torch.cat((old.flatten(2, 3), inner[:, :, blocks * form.group :]), dim=2)
-    return x + (result - inner) if x.requires_grad and torch.is_grad_enabled() else result
+    return torch.ops.tilewright.cache_rounded(x, side, form.text())
+
+
+def _rounded(x: Tensor, side: str, format: str) -> Tensor:
+    form = parse_format(format)
+    blocks = x.shape[2] // form.group
+    tokens, result = blocks * form.group, x.clone(memory_format=torch.contiguous_format)
+    if x.numel() and blocks:
+        parts = quantize_side(x[:, :, :tokens].unflatten(2, (blocks, form.group)), side, form)
+        bits = form.bits_k if side == "k" else form.bits_v
+        result[:, :, :tokens] = cache_codes.dequantize(parts, bits, keys=side == "k", dtype=x.dtype).flatten(2, 3)
+    return result
+
+
+LIBRARY.define("cache_rounded(Tensor x, str side, str format) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("cache_rounded", _rounded, _key)
+torch.library.register_fake("tilewright::cache_rounded", lambda x, side, format: x.new_empty(x.shape), lib=LIBRARY)
+torch.library.register_autograd("tilewright::cache_rounded", lambda ctx, grad: (grad, None, None), lib=LIBRARY)
 
 
 def rebuild_keys(kept: Tensor, rebuild: Sequence[Tensor], positions: Tensor, form: CacheFormat) -> Tensor:
