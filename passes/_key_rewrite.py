@@ -39,6 +39,17 @@ class Fit:
         return self.down.shape[0] < self.up.shape[0]
 
 
+def balanced(down: Tensor, up: Tensor) -> Fit:
+    """The same product with both factors of one size, channel by channel: one learning rate then suits both."""
+    if len(down) == len(up):
+        sizes = down.norm(dim=2), up.norm(dim=1)  # (heads, r) each
+        scale = (sizes[0].clamp_min(1e-30) / sizes[1].clamp_min(1e-30)).sqrt()
+        return Fit(down / scale[:, :, None], up * scale[:, None, :])
+    sizes = down[0].norm(dim=1), up.flatten(0, 1).norm(dim=0)  # (r,)
+    scale = (sizes[0].clamp_min(1e-30) / sizes[1].clamp_min(1e-30)).sqrt()
+    return Fit(down / scale[:, None], up * scale)
+
+
 def build_latent(builder: Builder, site: SiteContext, key: Projection, query: Projection | None, fit: Fit) -> Node:
     """Latents are cached; ``rebuild`` and ``format`` say how keys come back. The angles' tables are shared by sites."""
     named = arguments(site.node)
@@ -79,29 +90,15 @@ def build_absorbed(
         bias = bias.repeat_interleave(value(named["q"]).shape[1] // bias.shape[0], 0)
         row = builder.constant(f"{name}_key_bias", bias[:, :, None].to(value(named["q"]).dtype))
         constant_part = builder.call(aten.matmul.default, named["q"], row)  # (B, Hq, L, 1)
-        if "shift" in named:
-            scaled = builder.call(aten.mul.Tensor, constant_part, float(named["scale"]))
-            shift = named["shift"]
-            named["shift"] = scaled if shift is None else builder.call(aten.add.Tensor, shift, scaled)
-        else:
-            q, k = _with_channel(builder, q, k, constant_part)
+        scaled = builder.call(aten.mul.Tensor, constant_part, float(named["scale"]))
+        shift = named["shift"]
+        named["shift"] = scaled if shift is None else builder.call(aten.add.Tensor, shift, scaled)
     named |= {"q": q, "k": k}
     if val is not None:
         named["v"] = heads_of(
             builder, site, val.x, _rows(site, val), f"{name}_value", projected(site, val, "bias"), tuned=False
         )
     return builder.call(site.node.target, **named)
-
-
-def _with_channel(builder: Builder, q: Node, k: Node, constant_part: Node) -> tuple[Node, Node]:
-    """One more channel: the row's constant times one. Padded to a multiple of 8 channels, as kernels like them."""
-    one = builder.call(aten.ones_like.default, builder.call(aten.slice.Tensor, k, 3, 0, 1))
-    pair = []
-    for tensor, more in ((q, constant_part), (k, one)):
-        both = builder.call(aten.cat.default, [tensor, more], 3)
-        pad = -int(value(both).shape[3]) % 8
-        pair.append(builder.call(aten.constant_pad_nd.default, both, [0, pad], 0.0) if pad else both)
-    return pair[0], pair[1]
 
 
 def _thin_queries(builder: Builder, site: SiteContext, query: Projection | None, fit: Fit) -> Node:

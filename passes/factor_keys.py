@@ -15,7 +15,7 @@ from ..runtime.errors import BadPassOption, CalibrationNeeded
 from ._key_factors import KeyStatistics, Spectrum, decompose, each_head, spread
 from ._key_observe import observe_site
 from ._key_projection import Projection, constant, find_projection, source_linear, users_of, uses
-from ._key_rewrite import Fit, build_absorbed, build_latent, weight_rows, why_no_tables
+from ._key_rewrite import Fit, balanced, build_absorbed, build_latent, weight_rows, why_no_tables
 from .base import Decline, Exactness, NearMiss, Needs, Pass, Rewrite, SiteContext
 from .view import arguments, value
 
@@ -185,6 +185,8 @@ class FactorKeys(Pass):
             if not cached:
                 return "there is no cache to keep latents in: add KVCache, or use mode='absorb'"
             return "latent", key
+        if cached and key.bias is not None and site.arg("normalizer") != "softmax":
+            return "its keys have a bias, which sigmoid scores feel, and a cached attention has no place to add it"
         return "absorb", key
 
     def plan(self, sites: Sequence[SiteContext]) -> None:
@@ -321,7 +323,7 @@ class FactorKeys(Pass):
         heads, dim, _ = weight.shape
         if made.mode == "latent" or self._shared(site, made, rank):
             down, up = made.joint.factors(rank)
-            return Fit((down @ weight.reshape(heads * dim, -1))[None], up), made.joint.lost(rank)
+            return balanced((down @ weight.reshape(heads * dim, -1))[None], up), made.joint.lost(rank)
         share = rank // heads
         if share == dim:
             # Nothing is lost: the identity is the factor that rounds nothing.
@@ -329,7 +331,7 @@ class FactorKeys(Pass):
             return Fit(weight, eye.expand(heads, dim, dim)), 0.0
         pairs = [one.factors(share) for one in made.each]
         down = torch.stack([pair[0] @ rows for pair, rows in zip(pairs, weight, strict=True)])
-        return Fit(down, torch.cat([pair[1] for pair in pairs])), _lost(made.each, share)
+        return balanced(down, torch.cat([pair[1] for pair in pairs])), _lost(made.each, share)
 
 
 def _before_norm(site: SiteContext, key: Projection, weight: torch.Tensor) -> torch.Tensor:
