@@ -47,11 +47,20 @@ def test_the_example_runs_as_shown(tmp_path: Path) -> None:
 
 
 def test_the_masks_are_drawn_and_become_passes() -> None:
-    (shown,) = EXAMPLES[1:]
+    shown = EXAMPLES[1]
     names: dict[str, Any] = {}
     exec(shown, names)
     assert names["static"].mask.text and "threshold=0.9" in names["dynamic"].options()["select"]
     assert names["picture"].axes
+
+
+def test_the_cached_decoder_is_compiled() -> None:
+    names: dict[str, Any] = {}
+    exec(EXAMPLES[2], names)
+    figures = names["compiled"].report.cache
+    # Whole, two layers have 4 heads of 16 for keys and for values in float32.
+    assert figures["bytes_per_token"] < 2 * 4 * (64 + 64) / 8
+    assert len(EXAMPLES) == 3
 
 
 def test_tables_come_from_the_code() -> None:
