@@ -94,7 +94,7 @@ class CachedProgram:
 
         Raises :class:`~tilewright.runtime.errors.NotADecoder` naming the site and the reason.
         """
-        _refuse(program)
+        refuse(program)
         names = [one.path for one in describe_inputs(program.record.captured, program.captured.in_spec)]
         lifted = lift(program.record.lowered, names, form.tokens)
         cached = CachedProgram(program, form, lifted, options, owner)
@@ -338,14 +338,14 @@ class CachedProgram:
         return torch.arange(count - keep if 0 < keep < count else 0, count, device=self.device)
 
 
-def _refuse(program: ExportedProgram) -> None:
-    """Raise :class:`NotADecoder` when any attention of the graph was left without a cache."""
+def refuse(program: ExportedProgram, beside: frozenset[str] = frozenset()) -> None:
+    """Raise :class:`NotADecoder` when any attention of the graph but those ``beside`` was left without a cache."""
     record = program.record
     reasons: dict[str, tuple[str, str]] = {}
     for run in record.runs:
         if PROPERTY in run.rewrite.provides:
             reasons |= {site.id: (reason, site.source) for site, reason in run.declined}
-    left = why_not_token_by_token(record.rewritten)
+    left = why_not_token_by_token(record.rewritten, beside)
     if left is None and not any(
         getattr(n.target, "_opname", "") in ("cached_attention", "streaming_attention")
         for n in record.rewritten.graph.nodes

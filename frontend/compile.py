@@ -17,6 +17,7 @@ from .cached_program import cache_pass
 from .capture import check_example_inputs, first_line, untouched
 from .choices import Memory, Rest, Target
 from .compiled import CompiledModule
+from .cross_cache import CrossForm, is_encoder_decoder
 from .decode_form import DecodeForm, named_call
 from .options import Options
 
@@ -101,7 +102,13 @@ def _capture_decoder(
     """Bring example inputs and calibration batches into the form that decoders are captured in, and capture."""
     args, kwargs = check_example_inputs(model, () if args is None else args, kwargs or {}, partly=True)
     named = named_call(model, args, kwargs)
-    form = DecodeForm.of(model, named)
+    form: DecodeForm
+    if is_encoder_decoder(model):
+        form = CrossForm.of(model, named)
+        if batches:
+            raise BadArgument("passes are calibrated on decoders: an encoder-decoder with a KV cache takes none")
+    else:
+        form = DecodeForm.of(model, named)
     calibration = [((), form.complete(named_call(model, *batch))) for batch in batches]
     compiled.capture_decoder(form, form.captured(model, named), calibration)
     if compiled.options.strict:

@@ -19,6 +19,7 @@ from .backend import GraphProgram, compile_graph, require_changes
 from .bisection import Contribution, measure
 from .cached_program import CachedProgram
 from .capture import GraphBreaks
+from .cross_cache import CrossForm, CrossProgram, Decoder
 from .decode_form import DecodeForm
 from .decoder_cache import DecoderCache
 from .exported import ExportedProgram
@@ -44,6 +45,8 @@ class CompiledModule(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, options: Options) -> None:
         super().__init__()
         self._orig_mod = model
+        self._part = model
+        """What is captured: the model, or the decoder of an encoder-decoder with a KV cache."""
         self.training = model.training
         self.options = options
         self.door = "dynamo"
@@ -123,6 +126,8 @@ class CompiledModule(torch.nn.Module):
     ) -> None:
         """Capture for a KV cache. Raises ``CaptureError``, or ``NotADecoder`` where a part cannot have one."""
         self._form = form
+        if isinstance(form, CrossForm):
+            self._part = Decoder(self._orig_mod)
         self.capture_export((), named, None, calibration)
         self._decoder()
 
@@ -133,7 +138,8 @@ class CompiledModule(torch.nn.Module):
         if mode not in self._decoders:
             assert self._form is not None
             owner = next((other.owner for other in self._decoders.values()), None)
-            self._decoders[mode] = CachedProgram.make(program, self._form, self.options, owner)
+            make = CrossProgram.make if isinstance(self._form, CrossForm) else CachedProgram.make
+            self._decoders[mode] = make(program, self._form, self.options, owner)
         return self._decoders[mode]
 
     def new_cache(self, path: str | Path | None = None) -> DecoderCache:
@@ -153,7 +159,7 @@ class CompiledModule(torch.nn.Module):
             assert self._example is not None
             args, kwargs, shapes = self._example
             self._exported[mode] = ExportedProgram.make(
-                self._orig_mod, args, kwargs, shapes, self.options, self._calibration
+                self._part, args, kwargs, shapes, self.options, self._calibration
             )
             self._exported[mode].form = self._form
             _write_buffers(self._exported[mode].record, self._tuned)
@@ -168,7 +174,7 @@ class CompiledModule(torch.nn.Module):
     def example_call(self) -> tuple[dict[str, Any], Sequence[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """The example inputs by name, and the calibration batches."""
         assert self._example is not None
-        bound = inspect.signature(self._orig_mod.forward).bind(*self._example[0], **self._example[1])
+        bound = inspect.signature(self._part.forward).bind(*self._example[0], **self._example[1])
         return by_name(bound), self._calibration
 
     def set_tuned(self, values: Mapping[str, torch.Tensor]) -> None:

@@ -142,6 +142,7 @@ class DecoderCache:
         if self.state is not None:
             self.state.crop(0)
             self.state.broken = ""
+            self.state.fixed = []
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Sequence i becomes a copy of sequence ``beam_idx[i]``."""

@@ -21,6 +21,7 @@ from ..runtime.kv_cache import AnySite, CacheSite
 from ..runtime.ops import OPS
 from ..runtime.streaming_site import StreamingSite
 from .capture import copy_module
+from .count_positions import follow_cache
 
 Node = torch.fx.Node
 aten = torch.ops.aten
@@ -46,11 +47,18 @@ class Lifted:
     paged: bool
 
 
-def lift(lowered: torch.fx.GraphModule, names: Sequence[str], tokens: str, mask: str = "attention_mask") -> Lifted:
+def lift(
+    lowered: torch.fx.GraphModule,
+    names: Sequence[str],
+    tokens: str,
+    mask: str = "attention_mask",
+    counts: bool = False,
+) -> Lifted:
     """A copy of ``lowered`` that shares its tensors and keeps its cache in inputs.
 
     names: of the graph's inputs, in order. tokens: which of them holds the token ids (B, L). mask: which one the
-    padding mask. Raises :class:`~tilewright.runtime.errors.NotADecoder` for a graph that cannot run token by token.
+    padding mask. counts: let positions that the model counts itself follow the cache. Raises
+    :class:`~tilewright.runtime.errors.NotADecoder` for a graph that cannot run token by token.
     """
     module = copy_module(lowered)
     graph = module.graph
@@ -77,7 +85,8 @@ def lift(lowered: torch.fx.GraphModule, names: Sequence[str], tokens: str, mask:
         graph.erase_node(node)
     _forget_mask(graph, placeholders.get(mask), placeholders[tokens])
     graph.eliminate_dead_code()
-    _check_positions(graph, set(placeholders.values()))
+    followed = follow_cache(graph, placeholders[tokens], length) if counts else set()
+    _check_positions(graph, set(placeholders.values()), followed)
     left = []
     for name, node in placeholders.items():
         if node.users:
@@ -132,14 +141,19 @@ def _forget_mask(graph: torch.fx.Graph, mask: Node | None, tokens: Node) -> None
             user.replace_input_with(mask, tokens)
 
 
-def why_not_token_by_token(module: torch.fx.GraphModule) -> str | None:
-    """What in a rewritten graph still looks at other tokens without a cache; None for nothing."""
+def why_not_token_by_token(module: torch.fx.GraphModule, beside: frozenset[str] = frozenset()) -> str | None:
+    """What in a rewritten graph still looks at other tokens without a cache; None for nothing.
+
+    beside: names of nodes that look at something else, such as an encoder's states.
+    """
     for node in module.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         site = get_site(node)
         where = site.id if site else node.name
         name = node.target._opname
+        if node.name in beside:
+            continue
         if node.target.namespace == "tilewright" and name in MIXING:
             return where
         if name.startswith(("scaled_dot_product", "_scaled_dot_product")):
@@ -151,7 +165,7 @@ def why_not_token_by_token(module: torch.fx.GraphModule) -> str | None:
     return None
 
 
-def _check_positions(graph: torch.fx.Graph, inputs: set[Node]) -> None:
+def _check_positions(graph: torch.fx.Graph, inputs: set[Node], followed: set[Node]) -> None:
     """Nothing may depend on how many tokens a call has: position t of a chunk is not token t of the sequence."""
     from_tokens: set[Node] = set()
     for node in graph.nodes:
@@ -167,7 +181,7 @@ def _check_positions(graph: torch.fx.Graph, inputs: set[Node]) -> None:
             from_tokens.add(node)
             continue
         name = getattr(node.target, "_opname", "")
-        if sizes and name not in _FILLS and isinstance(value(node), torch.Tensor):
+        if sizes and name not in _FILLS and node not in followed and isinstance(value(node), torch.Tensor):
             raise NotADecoder(
                 f"the model counts positions itself, from the length of the call ({node.name}: {name}), and a cached "
                 "call starts in the middle: its forward needs position_ids",

@@ -65,7 +65,8 @@ class KVState:
 
     tokens: held by each of them. length: the same as int32 (batch,). first: int32 (batch,), the index of the first
     token that is no (left) padding. pages: int32 (batch, capacity / page) or None. flat: the tensors of all sites in
-    order. limit: most tokens a sequence may have.
+    order. limit: most tokens a sequence may have. fixed: tensors with a row a sequence that no call changes, such as
+    the keys and values of an encoder's states; empty before the first call.
     """
 
     def __init__(self, sites: Sequence[AnySite], limit: int, batch: int, device: torch.device | str = "cpu") -> None:
@@ -88,6 +89,7 @@ class KVState:
         self._shared: list[int] = []
         if self.page:
             self.pages = torch.full((batch, self.capacity // self.page), -1, dtype=torch.int32, device=self.device)
+        self.fixed: list[Tensor] = []
         self.flat: list[Tensor] = []
         self.grows: list[bool] = []
         """Which tensors have an entry for each token there is room for; the others have a row a sequence."""
@@ -178,6 +180,7 @@ class KVState:
                 tensor = memory.lasting_zeros((batch, *tensor.shape[1:]), tensor.dtype, self.device)
                 self.flat[index] = tensor
             tensor[:, :, :used] = chosen
+        self.fixed = [tensor.index_select(0, indices) for tensor in self.fixed]
         if self.pages is not None:
             old = self.pages
             self.pages = old.index_select(0, indices)
@@ -197,6 +200,7 @@ class KVState:
         other = object.__new__(KVState)
         other.__dict__.update(self.__dict__)
         other.flat = [tensor.clone() for tensor in self.flat]
+        other.fixed = [tensor.clone() for tensor in self.fixed]
         other.length, other.first = self.length.clone(), self.first.clone()
         other.pages = None if self.pages is None else self.pages.clone()
         other._free, other._shared = list(self._free), list(self._shared)
@@ -258,7 +262,7 @@ class KVState:
     def nbytes(self) -> int:
         """Bytes of all tensors as allocated."""
         small = [self.length, self.first] + ([] if self.pages is None else [self.pages])
-        return sum(tensor.nbytes for tensor in (*self.flat, *small))
+        return sum(tensor.nbytes for tensor in (*self.flat, *self.fixed, *small))
 
     def bytes_per_token(self) -> float:
         """Allocated bytes a token of one sequence, the rings of recent tokens left out: they do not grow."""

@@ -28,6 +28,7 @@ def write(state: KVState, path: str | os.PathLike[str], fingerprint: str) -> Pat
     """
     path = Path(path)
     tensors = {f"{index:05d}": part for index, part in enumerate(_parts(state))} | {"first": state.first.cpu()}
+    tensors |= {f"fixed{index:05d}": part.detach().cpu().contiguous() for index, part in enumerate(state.fixed)}
     meta = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -71,6 +72,7 @@ def read(path: str | os.PathLike[str], empty: KVState, fingerprint: str) -> KVSt
         raise SaveError(f"{path} is damaged: it does not say which tokens are padding")
     state.set_first(tensors["first"])
     state.advance(tokens)
+    state.fixed = [tensors[name].to(state.device) for name in sorted(tensors) if name.startswith("fixed")]
     return state
 
 
