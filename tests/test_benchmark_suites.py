@@ -16,6 +16,7 @@ from tilewright.benchmarks.suites import (
     _models,
     attention,
     decode,
+    decode_cache,
     gpu_attention,
     gpu_softmax,
     models,
@@ -231,3 +232,13 @@ def test_every_own_contender_is_named_ours() -> None:
     for one in (softmax.problem(2, 8, FLOAT32), ops.problem("rope", (1, 2, 4), FLOAT32)):
         own = next(c for c in one.contenders if c.name == one.ours)
         assert own.kind is Kind.OURS
+
+
+@pytest.mark.parametrize("name", ["whole", "paged"])
+def test_decode_cache(name) -> None:
+    case = decode_cache.problem(300, name, 6, 2, 3, FLOAT32)
+    right(case, "sdpa", "ours")
+    spoil = states(spoiled(case, "ours"))["ours"]
+    assert spoil.state is State.WRONG
+    # Three queries stand behind 291 tokens, in 2 tensors of 2 heads of 64 float32 channels.
+    assert case.bytes == 2 * 294 * 2 * 64 * 4
