@@ -188,7 +188,8 @@ class Study:
                 cut = round(depth * room)
                 rows.append((hay[:cut] + planted + hay[cut:room], asked, tokens(word)))
             # Rows of one length: the pairs are chosen so that the model's tokenizer makes them so.
-            found.append((depth, *(torch.tensor(list(each)) for each in zip(*rows, strict=True))))
+            text, question, answer = (torch.tensor(list(each)) for each in zip(*rows, strict=True))
+            found.append((depth, text, question, answer))
         return found
 
     def needle(self, compiled: Any) -> dict[str, Any]:
@@ -263,7 +264,7 @@ def sizes(compiled: Any) -> dict[str, float]:
     sites = compiled.new_cache().owner.sites
     sites = tuple(dataclasses.replace(site, dtype=torch.bfloat16) for site in sites)
     short, long = 2048, 6144
-    found = {}
+    found: dict[tuple[int, str], float] = {}
     for length in (short, long):
         state = KVState(sites, length, 1)
         names = [name for site in sites for name in site.names()]

@@ -150,7 +150,8 @@ def quantize_site(site: SiteContext, changes: Mapping[str, Any]) -> Rewrite | De
         inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
         found = dict(zip(inputs, values, strict=True))
         call = next(node for node in module.graph.nodes if node.target is site.node.target)
-        return _measure(*(found.get(arguments(call)[name]) for name in ("k", "v")), quantized)
+        named = arguments(call)
+        return _measure(found.get(named["k"]), found.get(named["v"]), quantized)
 
     return Rewrite(site.changed(format=quantized.text()), details, measure=measured)
 
