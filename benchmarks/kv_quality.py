@@ -84,7 +84,7 @@ SETTINGS = (
     _cached("rank 96, 8 bits", "factor-keys{rank=96},quantize-kv{bits=8}"),
     _cached("rank 96, 4 bits", "factor-keys{rank=96},quantize-kv{bits=4}"),
     _cached("rank 48, 4 bits", "factor-keys{rank=48},quantize-kv{bits=4}"),
-    _cached("keys 4 bits, values 2 bits, 16 channels a scale", "quantize-kv{bits_k=4,bits_v=2,value_group=16}"),
+    _cached("keys 4 bits, values 2 bits", "quantize-kv{bits_k=4,bits_v=2}"),
     _cached("GEAR, 4 bits, rank 2, 1 % outliers", "gear{bits=4,rank=2,outliers=0.01}"),
     _cached("GEAR, 2 bits, no rank, 5 % outliers", "gear{bits=2,rank=0,outliers=0.05}"),
     Setting("window 256, 4 sinks", "streaming-cache{window=256,sinks=4}"),
