@@ -234,7 +234,7 @@ class KVState:
         have = len(self._shared)
         if wanted <= len(self._free):
             return
-        more = max(wanted - len(self._free), min(have, self.batch * (self.capacity // self.page) - have), 1)
+        more = max(wanted - len(self._free), min(have, self.batch * (self.capacity // self.page) - have), 1 if have else 2)
         for index, (grows, tensor) in enumerate(zip(self.grows, self.flat, strict=True)):
             if not grows:
                 continue
