@@ -39,6 +39,8 @@ class Plan:
     joint: Spectrum
     each: tuple[Spectrum, ...]
     element: int
+    sensitivity: float
+    """What the weighted error is to be multiplied by, to be compared between sites."""
 
     @property
     def rows(self) -> int:
@@ -196,7 +198,10 @@ class FactorKeys(Pass):
         if self.bytes_per_token is None:
             return
         steps = [self._steps(site, made) for site, made in plans]
-        spectra = [[self._left(made, rank) for rank in each] for (_, made), each in zip(plans, steps, strict=True)]
+        spectra = [
+            [made.sensitivity * self._left(site, made, rank) for rank in each]
+            for (site, made), each in zip(plans, steps, strict=True)
+        ]
         costs = [made.element for _, made in plans]
         for (site, _), each, chosen in zip(
             plans, steps, spread(spectra, costs, steps, self.bytes_per_token), strict=True
@@ -234,7 +239,15 @@ class FactorKeys(Pass):
             decompose(second, weight, heads, dim),
             tuple(each_head(second, weight, heads, dim)) if mode == "absorb" else (),
             value(site.arg("k")).element_size(),
+            self._sensitivity(site, second),
         )
+
+    def _sensitivity(self, site: SiteContext, second: torch.Tensor) -> float:
+        """Scores: errors are squared changes of softmax's logits, whose mean is comparable. Others: shares."""
+        if self.weighting == "scores":
+            scale: float = site.arg("scale")
+            return scale**2 / site.state["statistics"].tokens
+        return 1.0 / max(float(second.trace()), 1e-30)
 
     # ------------------------------------------------------------------------------------------------------- ranks
 
@@ -249,14 +262,11 @@ class FactorKeys(Pass):
             return False
         return made.joint.lost(rank) < SHARED_GAIN * _lost(made.each, rank // made.joint.heads)
 
-    def _left(self, made: Plan, rank: int) -> float:
-        """Share of the weighted spectrum that is lost."""
-        total = float(made.joint.values.sum())
-        if not total > 0:
-            return 0.0
-        if made.mode == "absorb":
-            return min(made.joint.lost(rank), _lost(made.each, rank // made.joint.heads)) / total
-        return made.joint.lost(rank) / total
+    def _left(self, site: SiteContext, made: Plan, rank: int) -> float:
+        """The weighted error of a rank."""
+        if made.mode == "absorb" and not self._shared(site, made, rank):
+            return _lost(made.each, rank // made.joint.heads)
+        return made.joint.lost(rank)
 
     def _steps(self, site: SiteContext, made: Plan) -> list[int]:
         """The ranks that the pass may choose for a site, rising."""
@@ -273,7 +283,8 @@ class FactorKeys(Pass):
             return int(site.state["rank"])
         energy = 0.98 if self.energy is None else self.energy
         steps = self._steps(site, made)
-        return next((rank for rank in steps if 1 - self._left(made, rank) >= energy), made.rows)
+        most = (1 - energy) * float(made.joint.values.sum())
+        return next((rank for rank in steps if self._left(site, made, rank) <= most), made.rows)
 
     # ----------------------------------------------------------------------------------------------------- rewrite
 
