@@ -1,10 +1,11 @@
 """What a native launcher does for one call, written down so that C++ can do it again (see :mod:`.fast_call`).
 
 A launcher (``runtime/launchers``) is a Python function: it allocates the outputs with the ``empty`` it was given, calls
-the kernel once, and returns the outputs or views of them. Here it is run twice on stand-ins of the same shapes and
-strides, with a kernel that only notes its arguments. An argument that is the address of the same stand-in both times
-is that tensor's address; one that is equal both times and no address is a constant. Anything else, and there
-is no plan: a launcher that copies a tensor first, keeps packed weights or calls its kernel twice is left to Python.
+the kernel once, and returns the outputs or views of them; several can be joined to one that calls each once. Here it is
+run twice on stand-ins of the same shapes and strides, with a kernel that only notes its arguments. An argument that is
+the address of the same stand-in both times is that tensor's address; one that is equal both times and no address is a
+constant. Anything else, and there is no plan: a launcher that copies a tensor first, keeps packed weights or calls its
+kernel twice is left to Python.
 """
 
 from __future__ import annotations
@@ -26,17 +27,27 @@ MAX_INTEGERS, MAX_REALS = 28, 8
 MAX_BYTES = 2**26
 """A call with a larger tensor takes milliseconds: nothing to gain."""
 BIG = 2**20
+ELEMENT = 2**16
 
 Launch = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a launch function was made. function: the kernel's entry. fields: of the spec."""
+class Part:
+    """A native kernel of a launch function. function: its entry. fields: of its spec."""
 
     launcher: ModuleType
     function: Any
     fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a launch function was made. join: makes it of the parts' own launch functions; None where it is the only
+    one's."""
+
+    parts: tuple[Part, ...]
+    join: Callable[..., Launch] | None = None
 
 
 _recipes: weakref.WeakKeyDictionary[Launch, Recipe] = weakref.WeakKeyDictionary()
@@ -44,7 +55,16 @@ _recipes: weakref.WeakKeyDictionary[Launch, Recipe] = weakref.WeakKeyDictionary(
 
 def remember(launch: Launch, launcher: ModuleType, function: Any, fields: dict[str, Any]) -> Launch:
     """Note how ``launch`` was made, and return it."""
-    _recipes[launch] = Recipe(launcher, function, fields)
+    _recipes[launch] = Recipe((Part(launcher, function, fields),))
+    return launch
+
+
+def joined(join: Callable[..., Launch], *launches: Launch) -> Launch:
+    """``join(*launches)``, a launch function that calls each of ``launches`` once, noting how it was made."""
+    launch = join(*launches)
+    known = [_recipes.get(one) for one in launches]
+    if all(one is not None and one.join is None for one in known):
+        _recipes[launch] = Recipe(tuple(one.parts[0] for one in known if one is not None), join)
     return launch
 
 
@@ -55,14 +75,14 @@ def recipe(launch: Launch) -> Recipe | None:
 
 @dataclass
 class Plan:
-    """words: (kind, value) of the kernel's arguments; the value of INPUT is an index into the launch's arguments.
+    """calls: of each kernel its address and the words of its arguments, (kind, value). The value of INPUT is an index
+    into the launch's arguments, of a tensor in a list plus ELEMENT for each place from 1 on.
 
     buffers: (dtype, shape) of what is allocated. results: (buffer, shape, strides, offset in elements).
     arrays: numbers behind pointers. big: whether a buffer is for the pool.
     """
 
-    address: int
-    words: list[tuple[int, int]]
+    calls: list[tuple[int, list[tuple[int, int]]]]
     buffers: list[tuple[torch.dtype, tuple[int, ...]]]
     results: list[tuple[int, tuple[int, ...], tuple[int, ...], int]]
     arrays: list[list[int]]
@@ -73,9 +93,12 @@ class Plan:
 
     def encode(self, positions: Sequence[int]) -> Any:
         """The numbers ``install`` reads. positions: where in the op's arguments each of the launch's arguments is."""
-        numbers = [self.address, len(self.words)]
-        for kind, value in self.words:
-            numbers += (kind, positions[value] if kind == INPUT else value)
+        numbers = [len(self.calls)]
+        for address, words in self.calls:
+            numbers += (address, len(words))
+            for kind, value in words:
+                inside, index = divmod(value, ELEMENT) if kind == INPUT else (0, 0)
+                numbers += (kind, positions[index] + inside * ELEMENT if kind == INPUT else value)
         numbers.append(len(self.buffers))
         for dtype, shape in self.buffers:
             numbers += (_SCALAR_TYPES[dtype], len(shape), *shape)
@@ -103,34 +126,43 @@ _SCALAR_TYPES = {
 }
 
 
+def _stand_in(x: Any) -> Any:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Tensor) else x
+
+
 @dataclass
 class _Recording:
     """One run of a launcher: what it was given, allocated, called and returned."""
 
     inputs: list[Any]
     buffers: list[Tensor] = field(default_factory=list)
-    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    calls: list[tuple[int, tuple[Any, ...]]] = field(default_factory=list)
     returned: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        self.inputs = [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Tensor) else x for x in self.inputs
-        ]
+        self.inputs = [[_stand_in(y) for y in x] if isinstance(x, list) else _stand_in(x) for x in self.inputs]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         self.buffers.append(torch.empty(shape, dtype=dtype))
         return self.buffers[-1]
 
-    def function(self, *args: Any) -> None:
-        self.calls.append(args)
-
     def run(self, how: Recipe) -> None:
-        launch = how.launcher.make_launch(self.function, how.fields, self.empty)
-        result = launch(*self.inputs)
+        def noted(index: int) -> Callable[..., None]:
+            return lambda *args: self.calls.append((index, args))
+
+        made = [
+            part.launcher.make_launch(noted(index), part.fields, self.empty) for index, part in enumerate(how.parts)
+        ]
+        result = (how.join(*made) if how.join is not None else made[0])(*self.inputs)
         self.returned = tuple(result) if isinstance(result, tuple | list) else (result,)
 
     def addresses(self) -> dict[int, tuple[int, int]]:
-        found = {x.data_ptr(): (INPUT, i) for i, x in enumerate(self.inputs) if isinstance(x, Tensor)}
+        found = {}
+        for i, x in enumerate(self.inputs):
+            if isinstance(x, Tensor):
+                found[x.data_ptr()] = (INPUT, i)
+            elif isinstance(x, list):
+                found |= {y.data_ptr(): (INPUT, i + n * ELEMENT) for n, y in enumerate(x, 1)}
         return found | {x.data_ptr(): (BUFFER, i) for i, x in enumerate(self.buffers) if x.numel()}
 
 
@@ -141,31 +173,41 @@ def make(launch: Launch, arguments: Sequence[Any], returns: int) -> Plan | None:
     """
     how = recipe(launch)
     tensors = [x for x in arguments if isinstance(x, Tensor)]
-    if how is None or any(isinstance(x, list) for x in arguments):
+    # What stands in a list may be as large as it likes: a call need not read all of it.
+    listed = [y for x in arguments if isinstance(x, list) for y in x]
+    if how is None or any(not isinstance(y, Tensor) for y in listed):
         return None
-    if any(x.numel() == 0 or x.dtype not in _SCALAR_TYPES or x.untyped_storage().nbytes() > MAX_BYTES for x in tensors):
+    if any(x.numel() == 0 or x.dtype not in _SCALAR_TYPES for x in (*tensors, *listed)):
+        return None
+    if any(x.untyped_storage().nbytes() > MAX_BYTES for x in tensors):
         return None
     first, second = _Recording(list(arguments)), _Recording(list(arguments))
     first.run(how)
     second.run(how)
-    types = how.launcher.ARGTYPES
-    if [len(one.calls) for one in (first, second)] != [1, 1] or len(first.calls[0]) != len(types):
+    order = list(range(len(how.parts)))
+    if any([index for index, _ in one.calls] != order for one in (first, second)):
         return None
     if any(x.numel() * x.element_size() > MAX_BYTES for x in first.buffers):
         return None
-    plan = Plan(ctypes.cast(how.function, ctypes.c_void_p).value or 0, [], [], [], [])
+    plan = Plan([], [], [], [])
     plan.buffers = [(x.dtype, tuple(x.shape)) for x in first.buffers]
     if plan.buffers != [(x.dtype, tuple(x.shape)) for x in second.buffers] or len(first.returned) != returns:
         return None
     here, there = first.addresses(), second.addresses()
-    for position, (kind, a, b) in enumerate(zip(types, first.calls[0], second.calls[0], strict=True)):
-        word = _word(plan, kind, a, b, here, there, position == 0)
-        if word is None:
+    for part, (_, mine), (_, other) in zip(how.parts, first.calls, second.calls, strict=True):
+        types = part.launcher.ARGTYPES
+        if len(mine) != len(types):
             return None
-        plan.words.append(word)
-    reals = sum(kind == REAL for kind, _ in plan.words)
-    if reals > MAX_REALS or len(plan.words) - reals > MAX_INTEGERS:
-        return None
+        words = []
+        for position, (kind, a, b) in enumerate(zip(types, mine, other, strict=True)):
+            word = _word(plan, kind, a, b, here, there, position == 0)
+            if word is None:
+                return None
+            words.append(word)
+        reals = sum(kind == REAL for kind, _ in words)
+        if reals > MAX_REALS or len(words) - reals > MAX_INTEGERS:
+            return None
+        plan.calls.append((ctypes.cast(part.function, ctypes.c_void_p).value or 0, words))
     storages = {x.untyped_storage()._cdata: i for i, x in enumerate(first.buffers)}
     for result in first.returned:
         if not isinstance(result, Tensor):

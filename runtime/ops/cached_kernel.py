@@ -7,20 +7,23 @@ whole and leaves the rest to the ``attention`` kernels.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ...codegen import cache_triton
 from ...codegen.attention import MAX_HEAD_DIM
 from ...codegen.cache_format import CacheFormat, parse_format
 from ...codegen.cached_attention import MAX_QUERIES, CacheAppendSpec, CachedAttentionSpec, window_of
 from ...codegen.spec import SpecError
-from .. import fast_call
+from .. import fast_call, plans
 from ..autotune import load_best
 from ..errors import UnsupportedKernel
 from ..load import load
+from .attention_kernel import large_shared_memory
 
 _DEVICES = {"triton": "cuda", "triton-interpret": "cpu", "cpp": "cpu"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -54,7 +57,8 @@ def spec(
             raise UnsupportedKernel(
                 f"cached_attention kernels compute float32, bfloat16 and float16, and {name} is {tensor.dtype}"
             )
-    return _attention_spec(_dim(q), _dim(k), _dim(v), _DTYPE_NAMES[q.dtype], mask, normalizer, format, target)
+    chosen = _attention_spec(_dim(q), _dim(k), _dim(v), _DTYPE_NAMES[q.dtype], mask, normalizer, format, target)
+    return _tiled(chosen, large_shared_memory(q.device)) if target == "triton" else chosen
 
 
 def append_spec(attention: CachedAttentionSpec) -> CacheAppendSpec:
@@ -86,7 +90,7 @@ def _attention_spec(
 ) -> CachedAttentionSpec:
     try:
         left, sinks = window_of(mask)
-        return CachedAttentionSpec(
+        chosen = CachedAttentionSpec(
             dtype=dtype,
             key_dim=key_dim,
             value_dim=value_dim,
@@ -96,8 +100,16 @@ def _attention_spec(
             left=left,
             sinks=sinks,
         )
+        if target != "cpp":
+            cache_triton.check(chosen)
     except SpecError as error:
         raise UnsupportedKernel(str(error)) from error
+    return chosen
+
+
+@functools.lru_cache(maxsize=1024)
+def _tiled(chosen: CachedAttentionSpec, large: bool) -> CachedAttentionSpec:
+    return dataclasses.replace(chosen, **cache_triton.tiles(chosen, large=large))
 
 
 def step_launches(
@@ -127,7 +139,10 @@ def step_launches(
 
 def both(append: fast_call.Launch, attend: fast_call.Launch) -> fast_call.Launch:
     """One launch of the two: ``launch(q, k, v, rebuild, store, length, first, pages, scale) -> out``."""
+    return plans.joined(_one_after_the_other, append, attend)
 
+
+def _one_after_the_other(append: fast_call.Launch, attend: fast_call.Launch) -> fast_call.Launch:
     def launch(
         q: Tensor,
         k: Tensor,
