@@ -28,6 +28,7 @@ from ..frontend.models import LoadedModel, load_model
 from ..frontend.text import perplexity, token_blocks
 from ..frontend.tune import tune
 from ..passes import Builder, Decline, Exactness, FactorKeys, KVCache, Pass, Rewrite, SiteContext
+from ..passes._key_factors import Weighting
 from ..passes._key_projection import Projection, constant, find_projection
 from ..passes.view import arguments
 from . import machine
@@ -74,15 +75,15 @@ def blocks(loaded: LoadedModel, numbers: tuple[int, ...]) -> list[torch.Tensor]:
     return [every[number] for number in numbers]
 
 
-def compiled_of(loaded: LoadedModel, rank: int, weighting: str) -> Any:
-    thin = WholeKeys() if rank == 0 else FactorKeys(rank=rank, weighting=weighting)  # type: ignore[arg-type]
+def compiled_of(loaded: LoadedModel, rank: int, weighting: Weighting) -> Any:
+    thin: Pass = WholeKeys() if rank == 0 else FactorKeys(rank=rank, weighting=weighting)
     calibration = [{"input_ids": block} for block in blocks(loaded, CALIBRATED)]
     return compile(
         loaded.model, passes=[KVCache(max_length=LENGTH), thin], calibration=calibration, rest="eager", validate=False
     )
 
 
-def run(loaded: LoadedModel, rank: int, weighting: str, seconds: float, work: Path) -> dict[str, Any]:
+def run(loaded: LoadedModel, rank: int, weighting: Weighting, seconds: float, work: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     model = compiled_of(loaded, rank, weighting)
     row: dict[str, Any] = {"rank": rank, "weighting": weighting, "seconds": round(time.perf_counter() - begin, 1)}

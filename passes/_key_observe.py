@@ -32,8 +32,9 @@ def observe_site(
     q, k, bias = values["q"], values["k"], values.get("bias")
     batch, length = k.shape[0], k.shape[2]
     raw = values["keys"].reshape(batch, length, -1)[..., key.rows.flatten().to(k.device)].float()
-    padding = bias is not None and bias.dtype == torch.bool and bias.dim() == 4 and bias.shape[2] == 1
-    shown = bias[:, 0, 0].expand(batch, length) if padding else None
+    shown = None
+    if bias is not None and bias.dtype == torch.bool and bias.dim() == 4 and bias.shape[2] == 1:
+        shown = bias[:, 0, 0].expand(batch, length)
     if not scores:
         statistics.see_keys(raw, shown)
         return

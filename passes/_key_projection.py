@@ -91,11 +91,11 @@ def find_projection(tensor: Node) -> Projection | str:
             continue
         name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
         if node.target is _ROPE or node.target is _NORM or name in _MOVES or is_identity(node):
-            stack.append(node.args[0])  # type: ignore[arg-type]
+            stack.append(_source(node))
         elif node.target is operator.getitem:
-            stack.append(node.args[0])  # type: ignore[arg-type]
+            stack.append(_source(node))
         elif node.target is aten.cat.default:
-            stack.extend(node.args[0])  # type: ignore[arg-type]
+            stack.extend(_source(node))
         elif node.op == "placeholder":
             return f"it comes from the input {node}, not from a linear layer"
         else:
@@ -123,7 +123,7 @@ def _follow(tensor: Node, linear: Node, between: tuple[Node, ...]) -> Projection
     rope = norm = None
     for node in between:
         if node.target is _ROPE or node.target is _NORM:
-            source = env[node.args[0]]  # type: ignore[index]
+            source = env[_source(node)]
             at = 1 if node.target is _ROPE else 2
             if bool(source[1].any()):
                 return "it is turned twice" if at == 1 else "it is normalised after RoPE turned it"
@@ -162,25 +162,36 @@ def _follow(tensor: Node, linear: Node, between: tuple[Node, ...]) -> Projection
 def _moved(node: Node, env: dict[Node, Any]) -> Any:
     """One move of the three numbers of each element."""
 
-    def known(item: Any, number: int) -> Any:
-        if item in env:
-            found = env[item]
-            return [part[number] for part in found] if isinstance(found, tuple) else found[number]
-        return _hint(value(item))
+    def known(number: int) -> Callable[[Node], Any]:
+        def one(item: Node) -> Any:
+            if item in env:
+                found = env[item]
+                return [part[number] for part in found] if isinstance(found, tuple) else found[number]
+            return _hint(value(item))
+
+        return one
 
     results = []
     for number in range(3):
-        args = torch.fx.map_arg(node.args, lambda n, number=number: known(n, number))
-        kwargs = torch.fx.map_arg(node.kwargs, lambda n, number=number: known(n, number))
+        args: Any = torch.fx.map_arg(node.args, known(number))
+        kwargs: Any = torch.fx.map_arg(node.kwargs, known(number))
         if is_identity(node):
             result = args[0]
         else:
-            target: Callable[..., Any] = node.target  # type: ignore[assignment]
-            result = target(*args, **kwargs)
+            result = _function(node)(*args, **kwargs)
         results.append(result)
     if isinstance(results[0], tuple | list):
         return tuple([part[i] for part in results] for i in range(len(results[0])))
     return results
+
+
+def _source(node: Node) -> Any:
+    """The first argument: what a move moves."""
+    return node.args[0]
+
+
+def _function(node: Node) -> Any:
+    return node.target
 
 
 def _hint(size: Any) -> Any:
@@ -204,7 +215,8 @@ def constant(view: GraphView, node: Any) -> torch.Tensor | None:
     source = constant(view, node.args[0])
     if source is None or is_identity(node):
         return source
-    return node.target(source, *node.args[1:])  # type: ignore[operator]
+    moved: torch.Tensor = _function(node)(source, *node.args[1:])
+    return moved
 
 
 def owner(node: Any) -> Node | None:
