@@ -15,7 +15,7 @@ _COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
 def follow_cache(graph: torch.fx.Graph, tokens: Node, length: Node) -> set[Node]:
-    """Let every ``arange`` over the call's tokens start at ``length``; returns those nodes.
+    """Let every ``arange`` over the call's tokens start at ``length``; returns those nodes and what follows from them.
 
     tokens: the input (B, L) whose L is counted. length: int32 (B,), the tokens held before the call, the same for all
     sequences. Whether what counts tokens counts positions is for the caller to see: a model that means something else
@@ -23,6 +23,7 @@ def follow_cache(graph: torch.fx.Graph, tokens: Node, length: Node) -> set[Node]
     """
     count = value(tokens).shape[1]
     found = {node for node in graph.nodes if node.target in _COUNTS and _counts(arguments(node), count)}
+    after: set[Node] = set()
     for node in found:
         with graph.inserting_after(node):
             start = graph.call_function(aten.select.int, (length, 0, 0))
@@ -31,7 +32,8 @@ def follow_cache(graph: torch.fx.Graph, tokens: Node, length: Node) -> set[Node]
         later.meta = dict(node.meta)
         start.meta = {"val": value(length)[0]} if isinstance(value(length), torch.Tensor) else {}
         node.replace_all_uses_with(later, delete_user_cb=lambda user, later=later: user is not later)
-    return found
+        after.add(later)
+    return found | after
 
 
 def _counts(named: dict[str, Any], count: Any) -> bool:

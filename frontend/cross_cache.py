@@ -162,7 +162,8 @@ class CrossProgram(CachedProgram):
             if tensors.get(STATES) is None:
                 raise CacheMismatch("this cache was not filled by a call that saw the encoder's states")
             with torch.no_grad():
-                state.fixed = list(self.setup(tensors[STATES], tensors[MASK]))
+                reads = self.setup.graph.find_nodes(op="placeholder")
+                state.fixed = list(self.setup(*(tensors[name] for name in (STATES, MASK)[: len(reads)])))
         fixed = state.fixed
         return super()._step(tensors, state, count, lambda *given: run(*given, *fixed))
 
@@ -198,9 +199,9 @@ class CrossProgram(CachedProgram):
 
 
 def _inputs(graph: torch.fx.Graph, names: list[str]) -> list[Node]:
-    """The placeholders of the encoder's states and mask."""
+    """The placeholders of the encoder's states and, where it is read, their mask."""
     found = dict(zip(names, graph.find_nodes(op="placeholder"), strict=False))
-    return [found[name] for name in (STATES, MASK)]
+    return [found[name] for name in (STATES, MASK) if name in found]
 
 
 def _is_cross(node: Node, only: set[Node]) -> bool:
@@ -245,6 +246,8 @@ def split(lifted: Lifted) -> tuple[Lifted, torch.fx.GraphModule]:
     """
     module, graph = lifted.module, lifted.module.graph
     inputs = _inputs(graph, list(lifted.inputs))
+    if STATES not in lifted.inputs:
+        raise NotADecoder("the decoder does not look at the encoder's states")
     only = from_encoder(graph, inputs)
     wanted = [
         node

@@ -169,9 +169,9 @@ def _check_positions(graph: torch.fx.Graph, inputs: set[Node], followed: set[Nod
     """Nothing may depend on how many tokens a call has: position t of a chunk is not token t of the sequence."""
     from_tokens: set[Node] = set()
     for node in graph.nodes:
-        if node in inputs:
+        if node in inputs or node in followed:
             from_tokens.add(node)
-        if node.op != "call_function":
+        if node.op != "call_function" or node in followed:
             continue
         tensors = [n for n in node.all_input_nodes if isinstance(value(n), torch.Tensor) or n in from_tokens]
         sizes = [n for n in node.all_input_nodes if isinstance(value(n), torch.SymInt)]
@@ -181,7 +181,7 @@ def _check_positions(graph: torch.fx.Graph, inputs: set[Node], followed: set[Nod
             from_tokens.add(node)
             continue
         name = getattr(node.target, "_opname", "")
-        if sizes and name not in _FILLS and node not in followed and isinstance(value(node), torch.Tensor):
+        if sizes and name not in _FILLS and isinstance(value(node), torch.Tensor):
             raise NotADecoder(
                 f"the model counts positions itself, from the length of the call ({node.name}: {name}), and a cached "
                 "call starts in the middle: its forward needs position_ids",

@@ -117,6 +117,11 @@ def why_not(named: dict[str, Any]) -> str | None:
     q, k, v = (value(named[name]) for name in "qkv")
     if not same_size(q.shape[2], k.shape[2]):
         return "its keys are not those of its queries' tokens: it is no self-attention"
+    if named["bias"] is not None and value(named["bias"]).dtype is not torch.bool:
+        return (
+            "numbers are added to its scores (relative positions as in T5, slopes as in ALiBi, or a mask that could "
+            "not be put into an equation), which belong to pairs of tokens and are not in a cache of keys and values"
+        )
     if not mask_logic.implies(named["mask"], "k_idx <= q_idx"):
         return "it is not causal: tokens also look at later ones, as in an encoder"
     if named.get("shift") is not None:
@@ -133,8 +138,6 @@ def why_not(named: dict[str, Any]) -> str | None:
 def _why_not_padding(bias: Node) -> str | None:
     """A bias may say which keys are padding, as ``attention_mask`` (B, L) does: bool (B, 1, 1, L), true where shown."""
     shape = value(bias).shape
-    if value(bias).dtype is not torch.bool:
-        return "a bias of floating-point numbers is added to its scores, which would have to be kept in the cache too"
     if len(shape) != 4 or not (same_size(shape[1], 1) and same_size(shape[2], 1)):
         return f"its mask of shape {tuple(shape)} is no padding mask of the keys and could not be put into an equation"
     node = bias
