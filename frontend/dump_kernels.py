@@ -34,6 +34,7 @@ from ..passes.view import arguments, value
 from ..runtime import load
 from ..runtime.ops import OPS, CanonicalOp
 from .capture import copy_module
+from .dump_cached import step_call
 from .dump_native import native_files
 from .dump_reference import differentiable_results, traced_reference
 from .lower import KernelUse, set_target
@@ -86,7 +87,17 @@ def kernel_folders(compiled: CompiledModule | LoadedModule, backward: bool) -> I
         first = shared[0]
         op = OPS[first.op]
         example = _example(compiled, first)
-        forward, after, grads = _record(op, example, first.target, backward) if example is not None else ([], [], {})
+        cached = first.op == "cached_attention" and example is not None
+        if cached and example is not None:
+            op, arguments_of_step = step_call(op, example.arguments)
+            example = _Example(arguments_of_step, f"the newest token of {example.origin}")
+        forward, after, grads = (
+            _record(op, example, first.target, backward and not cached) if example is not None else ([], [], {})
+        )
+        if cached and example is not None:
+            # The kernel that appends gives no result; the one that attends finds the token's own key and value there.
+            forward = [launch for launch in forward if launch.kernel.digest == first.digest]
+            example.arguments = {n: item for n, item in example.arguments.items() if n not in ("k", "v")}
         launches = forward + after
         if not any(launch.kernel.digest == first.digest for launch in launches):
             # No inputs, or sizes seen at compile time ask for another kernel than the example's: text and spec only.

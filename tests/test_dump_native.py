@@ -77,3 +77,18 @@ def test_the_kernels_that_choose_blocks_check_themselves(tmp_path) -> None:
         done = without_tilewright(folder)
         assert done.returncode == 0 and done.stdout.startswith(f"ok {kind}-"), f"{kind}: {done.stdout}{done.stderr}"
     assert "table" in (found["attention"] / "kernel.cpp").read_text()
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(0, marks=pytest.mark.grid)])
+def test_the_kernel_of_a_cache_checks_itself(bits, tmp_path) -> None:
+    """It gets a store that holds the example's tokens."""
+    passes: list = [tw.passes.KVCache(max_length=64)]
+    passes += [tw.passes.QuantizeKV(bits=bits, group=16, window=16)] if bits else []
+    kwargs = {"input_ids": tiny.tokens(2, 50)}
+    compiled = tw.compile(tiny.llama(), passes=passes, example_kwargs=kwargs, rest="eager", target="cpp")
+    folder = folders(dump(compiled, tmp_path / "cached"))["cached_attention"]
+    done = without_tilewright(folder)
+    assert done.returncode == 0 and done.stdout.startswith("ok cached_attention-"), done.stdout + done.stderr
+    call = json.loads((folder / "call.json").read_text())
+    lists = [item for item in call["launch"] if isinstance(item, list)]
+    assert [len(item) for item in lists] == [0, 8 if bits else 2]
