@@ -7,6 +7,7 @@ Whole tensors have one part, or are read in the parts of the codes that they sta
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from .attention import padded
@@ -17,8 +18,8 @@ RESIDENT = 256
 """Channels of queries that a program keeps on chip; beyond it, it reads them in chunks again for every tile."""
 CHUNK = 128
 """Channels of all parts in a chunk."""
-MAX_ROWS = 64
-"""Rows of queries (heads that share keys times queries) in a tile of a program."""
+LATENT_CHUNK = 64
+"""Channels of a latent in a chunk: they meet as many of U's, beside a whole key that is being rebuilt."""
 MAX_SPLITS = 128
 """Programs that share a sequence's tokens: each row's partial results are merged by one program."""
 QUANTIZE_WARPS = 8
@@ -29,6 +30,12 @@ _POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8"
 def power_of_two(number: int) -> int:
     """The largest power of two that divides ``number``."""
     return number & -number
+
+
+def max_rows(cache: CacheFormat) -> int:
+    """Rows of queries (heads that share keys times queries) in a tile of a program: fewer, where registers hold keys
+    that are unpacked or rebuilt besides."""
+    return 32 if cache.latent or cache.quantized else 64
 
 
 def key_tile(cache: CacheFormat, wanted: int) -> int:
@@ -44,8 +51,8 @@ def side(cache: CacheFormat, bits: int, dim: int, *, keys: bool) -> dict[str, An
     parts = 8 // bits if bits else 1
     width = dim // parts
     block = padded(width)
-    if keys and block * parts > RESIDENT:
-        block = max(16, CHUNK // parts)
+    if keys and block * parts > (LATENT_CHUNK if cache.latent else RESIDENT):
+        block = max(16, (LATENT_CHUNK if cache.latent else CHUNK) // parts)
     share = cache.value_group or dim
     return {
         "bits": bits,
@@ -106,7 +113,7 @@ def attention_context(spec: Any) -> dict[str, Any]:
     return context(spec) | {
         "ranges": head(spec.cache, spec.head_dim) if spec.cache.latent else [],
         "block_n": tile,
-        "max_rows": MAX_ROWS,
+        "max_rows": max_rows(spec.cache),
         "max_splits": MAX_SPLITS,
         "compile_entries": attention_entries(spec),
     }
@@ -134,15 +141,52 @@ def attention_entries(spec: Any) -> list[dict[str, Any]]:
     return [first, second]
 
 
+def tiles(spec: Any, *, large: bool) -> dict[str, int]:
+    """The tile and launch options shipped for a spec, as its fields. large: as in attention.default_tiles.
+
+    What a program holds at once is a tile of keys and one of values, ``num_stages`` times where they are read ahead;
+    decoding is bound by reading, so several programs should fit a processor.
+    """
+    cache: CacheFormat = spec.cache
+    widest = max(padded(min(spec.head_dim, RESIDENT)), padded(spec.value_dim))
+    few = widest > (64 if spec.dtype == "float32" else 128)
+    stages = 3 if large and spec.dtype != "float32" and not cache.latent else 2
+    # Rebuilt keys are a tile of float32 in registers, of which an AMD program of four warps has more a thread.
+    warps = 8 if cache.latent and large and widest > 64 else 4
+    return {"block_n": 32 if few else 64, "num_warps": warps, "num_stages": stages}
+
+
+def candidates(spec: Any) -> list[Any]:
+    """The spec, then a few with other tiles, as autotuning may try them."""
+    found = [spec]
+    for block_n, warps, stages in (
+        (spec.block_n, spec.num_warps, 1 if spec.num_stages > 1 else 2),
+        (min(128, spec.block_n * 2), 8, spec.num_stages),
+        (max(16, spec.block_n // 2), spec.num_warps, min(4, spec.num_stages + 1)),
+    ):
+        other = dataclasses.replace(spec, block_n=block_n, num_warps=warps, num_stages=stages)
+        tile = key_tile(spec.cache, block_n)
+        if other not in found and (tile == block_n or block_n <= spec.block_n):
+            found.append(other)
+    return found
+
+
+def check(spec: Any) -> None:
+    """Raise :class:`~tilewright.codegen.spec.SpecError` where the Triton kernels have no way, with the reason."""
+    cache: CacheFormat = spec.cache
+    for name, bits, dim in (("keys", cache.bits_k, spec.key_dim), ("values", cache.bits_v, spec.value_dim)):
+        chunks = side(cache, bits, dim, keys=name == "keys")["chunks"]
+        require(
+            not bits or chunks == 1 or not (cache.correction or cache.outliers),
+            f"a program holds up to {RESIDENT} channels of {name} to correct their codes, not {dim}",
+        )
+
+
 def append_context(spec: Any) -> dict[str, Any]:
     """Names for the template that appends."""
+    check(spec)
     cache: CacheFormat = spec.cache
     found = context(spec)
-    for name, bits, part in (("keys", cache.bits_k, found["keys"]), ("values", cache.bits_v, found["values"])):
-        require(
-            not bits or part["chunks"] == 1 or not (cache.correction or cache.outliers),
-            f"a program holds up to {RESIDENT} channels of {name} to correct their codes, not {part['dim']}",
-        )
     return found | {
         "compile_entries": append_entries(spec),
         # Whole sides have the names of the call's own tensors.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import sympy
 
@@ -140,6 +140,9 @@ class CachedAttentionSpec(_CacheSpec):
 
     def context(self, target: str) -> dict[str, Any]:
         return super().context(target) | (cache_triton.attention_context(self) if target == "triton" else {})
+
+    def candidates(self, target: str) -> list[Self]:
+        return cache_triton.candidates(self) if target == "triton" else [self]
 
 
 @lru_cache(maxsize=256)

@@ -45,7 +45,7 @@ def check(mask: str, dtype: str, dim: int, lengths=(300, 417), blocks=(0, 0), **
     forward = attention_kernel.spec(*given, **options, blocks=blocks)
     backward = attention_kernel.backward_spec(
         forward, grad_bias=forward.additive, grad_bias_rows=forward.bias_rows, grad_shift=forward.shift,
-        target=TARGET, large=attention_kernel._large_shared_memory(given[0].device),
+        target=TARGET, large=attention_kernel.large_shared_memory(given[0].device),
     )  # fmt: skip
     out, lse = load(forward, TARGET).launch(*given, 0.3, *both[:2], on_gpu(table))
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)

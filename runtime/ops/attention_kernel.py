@@ -78,7 +78,7 @@ def spec(
         q.shape[1] // k.shape[1] if k.shape[1] else 1,
         target != "cpp" and _wide(q, k, v, bias),
         target,
-        _large_shared_memory(q.device) if target == "triton" else False,
+        large_shared_memory(q.device) if target == "triton" else False,
         blocks,
     )
 
@@ -115,7 +115,7 @@ def _wide(*tensors: Tensor | None) -> bool:
 
 
 @functools.cache
-def _large_shared_memory(device: torch.device) -> bool:
+def large_shared_memory(device: torch.device) -> bool:
     if not torch.cuda.is_available():  # fake tensors of a device that is not here
         return False
     properties = torch.cuda.get_device_properties(device)
@@ -272,7 +272,7 @@ def _backward_kernel(
         grad_bias_rows=bias is not None and bias.shape[2] != 1,
         grad_shift=grad_shift,
         target=target,
-        large=_large_shared_memory(q.device) if target == "triton" else False,
+        large=large_shared_memory(q.device) if target == "triton" else False,
     )
     lists = (counts, indices, counts_t, indices_t, table)
     inputs = (grad, q, k, v, bias, shift, out, lse, scale, grad_lse, *lists)
