@@ -36,7 +36,7 @@ def quality(study: dict[str, Any]) -> str:
                 else tables.NOTHING,
                 _smaller(row, whole),
                 _perplexity(row, base),
-                _text(row, "kl", "{:.4f}"),
+                f"{abs(row['kl']):.5f}" if "kl" in row else tables.NOTHING,  # rounding may leave -1e-10 of nothing
                 _text(row, "top1", "{:.1%}"),
                 f"{row['exact']} of {row['needles']}" if row.get("needles") else tables.NOTHING,
                 _text(row, "log", "{:.2f}"),

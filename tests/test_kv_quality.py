@@ -93,7 +93,7 @@ def test_the_page() -> None:
     known = {"model": "m", "sequences": 1, "length": 101, "step": 8, "prompt": 16, "device": "d", "date": "2026-01-02T"}
     text = kv_pages.quality(known | {"rows": rows, "versions": {"torch": "2"}})
     line = next(line for line in text.splitlines() if line.startswith("| 4 bits"))
-    for cell in ("2.746 (+1.01 %)", "4.0; 4.0", "1 of 1", "-0.50", "0.5000", "75.0%"):
+    for cell in ("2.746 (+1.01 %)", "4.0; 4.0", "1 of 1", "-0.50", "0.50000", "75.0%"):
         assert f"| {cell} |" in line, (cell, line)
     assert "8 tokens a call after 16" in text
 
