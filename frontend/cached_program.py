@@ -98,7 +98,7 @@ class CachedProgram:
         names = [one.path for one in describe_inputs(program.record.captured, program.captured.in_spec)]
         lifted = lift(program.record.lowered, names, form.tokens)
         cached = CachedProgram(program, form, lifted, options, owner)
-        if options.validate and not program.model.training:  # dropout would differ from run to run
+        if options.validate and not program.model.training and not form.extra:  # dropout draws other numbers each time
             cached._check_decoding()
         return cached
 
@@ -136,8 +136,11 @@ class CachedProgram:
             cache.state = kv_cache_file.read(path, self.new_state(0), self.owner.fingerprint())
         return cache
 
-    def for_generate(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords of ``generate`` with a cache of ours, unless the caller wants none or has one."""
+    def for_generate(self, kwargs: dict[str, Any], use_cache: bool | None = None) -> dict[str, Any]:
+        """The keywords of ``generate`` with a cache of ours, unless the caller wants none or has one.
+
+        use_cache: the model's own default.
+        """
         config = kwargs.get("generation_config")
         for source in (kwargs, vars(config) if config is not None else {}):
             if source.get("cache_implementation") is not None:
@@ -145,7 +148,7 @@ class CachedProgram:
                     f"cache_implementation={source['cache_implementation']!r}: this module keeps its cache itself; "
                     "leave it out"
                 )
-        wanted = kwargs.get("use_cache", getattr(config, "use_cache", None))
+        wanted = kwargs.get("use_cache", use_cache if config is None else config.use_cache)
         if wanted is False or kwargs.get("past_key_values") is not None:
             return kwargs
         return kwargs | {"past_key_values": self.new_cache()}
@@ -167,7 +170,8 @@ class CachedProgram:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.form.read(args, kwargs)
         cache = self._cache_of(call.cache)
-        if call.loss or (call.use_cache is False and cache is None and torch.is_grad_enabled()):
+        plain = call.use_cache is False or (call.use_cache is None and self.program.model.training)
+        if call.loss or (plain and cache is None and torch.is_grad_enabled()):
             return self._whole(call)
         ids = call.tensors[self.form.tokens]
         batch, count = ids.shape
@@ -306,7 +310,7 @@ class CachedProgram:
     def _positions(self, state: KVState, first: Tensor, count: int) -> Tensor:
         """What the model takes for positions when it is given none: int64 (B, L) or (L,)."""
         index = torch.arange(state.tokens, state.tokens + count, device=self.device)
-        padded = state.padded or bool((first > 0).any())
+        padded = state.padded or (first is not state.first and bool((first > 0).any()))
         if not padded or not (self.turns_keys or self._skips_padding):
             return index
         return (index - first[:, None].to(torch.int64)).clamp_min(0)
@@ -319,6 +323,8 @@ class CachedProgram:
     @functools.cached_property
     def _skips_padding(self) -> bool:
         """Whether the model leaves padding out when it counts positions itself. Asked of the model, once."""
+        if self.form.extra:
+            return True
         named = self.form.example(self.program.model, self.device)
         mask = named["attention_mask"].clone()
         mask[0, :3] = 0

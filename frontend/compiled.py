@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,13 +79,24 @@ class CompiledModule(torch.nn.Module):
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``, its steps going through the compiled forward."""
         model = self._orig_mod
+        own: dict[str, Any] = {"forward": self.forward}
         if self._form is not None:
-            kwargs = self._decoder().for_generate(kwargs)
+            if len(args) > 1:  # generate(inputs, generation_config, ...)
+                kwargs = {"generation_config": args[1]} | kwargs
+                args = (args[0], kwargs["generation_config"], *args[2:])
+            defaults = getattr(model, "generation_config", None)
+            kwargs = self._decoder().for_generate(kwargs, getattr(defaults, "use_cache", None))
+            if len(args) > 1:
+                kwargs.pop("generation_config")
+            if getattr(defaults, "cache_implementation", None) is not None:
+                # A kind of cache that the model asks for by default: it has ours.
+                own["generation_config"] = copy.copy(defaults)
+                own["generation_config"].cache_implementation = None
         # generate() looks helpers up on type(self), so it needs an object of the model's class: one that shares
         # everything with the model but its forward.
         shell: Any = object.__new__(type(model))
         shell.__dict__.update(model.__dict__)
-        shell.__dict__["forward"] = self.forward
+        shell.__dict__.update(own)
         return shell.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -145,6 +145,17 @@ def test_a_cache_implementation_of_transformers_is_refused():
         decoders.compiled("llama").generate(tiny.tokens(1, 4), cache_implementation="static", **GREEDY)
 
 
+def test_a_configuration_may_say_that_there_be_no_cache(monkeypatch):
+    from transformers import GenerationConfig
+
+    model, compiled, ids = decoders.model("llama"), decoders.compiled("llama"), tiny.tokens(2, 6)
+    config = GenerationConfig(**GREEDY, use_cache=False)
+    assert compiled.generate(ids, config).tolist() == model.generate(ids, config).tolist()
+    want = model.generate(ids, **GREEDY).tolist()
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    assert compiled.generate(ids, **GREEDY).tolist() == want
+
+
 def test_generating_past_the_limit_is_refused():
     with pytest.raises(tw.errors.CacheFull, match="room for 64"):
         decoders.compiled("llama").generate(tiny.tokens(1, 60), **GREEDY)
