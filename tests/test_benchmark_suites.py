@@ -18,11 +18,13 @@ from tilewright.benchmarks.suites import (
     decode,
     decode_cache,
     gpu_attention,
+    gpu_decode_cache,
     gpu_softmax,
     models,
     ops,
     softmax,
 )
+from tilewright.codegen.cache_format import CacheFormat
 
 COMPILED = ("inductor", "flex", "compile")  # seconds each; the peers are torch's own to test
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -242,3 +244,15 @@ def test_decode_cache(name) -> None:
     assert spoil.state is State.WRONG
     # Three queries stand behind 291 tokens, in 2 tensors of 2 heads of 64 float32 channels.
     assert case.bytes == 2 * 294 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        gpu_decode_cache.Shape("codes", 130, 2, 4, 2, 16, form=CacheFormat(4, 4), dtype=torch.float16),
+        gpu_decode_cache.Shape("absorbed", 70, 1, 4, 4, 16, rank=8, left=30, dtype=FLOAT32),
+    ],
+    ids=lambda case: case.name,
+)
+def test_gpu_decode_cache_computes_the_same_on_the_interpreter(case: gpu_decode_cache.Shape) -> None:
+    right(gpu_decode_cache.problem(case, "cpu", "triton-interpret"), "sdpa", "ours", "append")
