@@ -131,6 +131,8 @@ def cache_line(cache: Mapping[str, float]) -> str:
     line = f"KV cache: {cache['sites']:g} sites, {cache['bytes_per_token']:,.10g} bytes a token"
     if cache["fixed_bytes"]:
         line += f" and {cache['fixed_bytes']:,.10g} bytes that do not grow"
+    if cache["tokens"] >= 2**31 - 1:
+        return f"{line}, for text of any length"
     return f"{line}, room for {cache['tokens']:,.10g} tokens a sequence"
 
 
