@@ -31,12 +31,16 @@ HALF = {"dtype": "bfloat16"}
 SPECS = {
     "plain": CachedAttentionSpec(),
     "half": CachedAttentionSpec(**HALF, key_dim=80, head_dim=80, value_dim=40),
+    "tiles": CachedAttentionSpec(**HALF, key_dim=96, head_dim=96, value_dim=32),
     "window": CachedAttentionSpec(format=PAGED, key_dim=20, head_dim=20, value_dim=33, left=100, sinks=5),
     "sigmoid": CachedAttentionSpec(**HALF, format=PAGED, normalizer="sigmoid", key_dim=7, head_dim=7, left=3),
 }
 WIDE = {
     "absorbed": CachedAttentionSpec(**HALF, key_dim=300, head_dim=300, value_dim=64),
     "fp16": CachedAttentionSpec(dtype="float16", key_dim=128, head_dim=128, value_dim=128, left=64, sinks=64),
+    "tiles_window": CachedAttentionSpec(
+        **HALF, format=PAGED, key_dim=128, head_dim=128, value_dim=64, left=70, sinks=3
+    ),
     "sigmoid_fp32": CachedAttentionSpec(normalizer="sigmoid", key_dim=128, head_dim=128, value_dim=256),
 }
 
@@ -174,7 +178,7 @@ def test_matches_float64(name) -> None:
     match(SPECS[name], cpu.supported()[0], 25)
 
 
-@pytest.mark.parametrize(("name", "isa"), [("half", "avx512"), ("half", "avx2"), ("window", "baseline")])
+@pytest.mark.parametrize(("name", "isa"), [("tiles", "avx512"), ("half", "avx2"), ("window", "baseline")])
 def test_other_instruction_sets_match_float64(name, isa) -> None:
     match(SPECS[name], isa, 15)
 
@@ -331,6 +335,6 @@ def test_specs_out_of_range(fields, words) -> None:
 
 
 def test_texts() -> None:
-    check_golden("cached_attention_native", render(SPECS["half"], "cpp"), ".cpp.txt")
+    check_golden("cached_attention_native", render(SPECS["tiles"], "cpp"), ".cpp.txt")
     check_golden("cached_attention_native_window", render(SPECS["window"], "cpp"), ".cpp.txt")
     check_golden("cache_append_native", render(CacheAppendSpec(format=PAGED), "cpp"), ".cpp.txt")
