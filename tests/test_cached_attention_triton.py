@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 from attention_bounds import DTYPES, close
-from cached_bounds import Call, Site, empty_store, expected, make_call, page_table
+from cached_bounds import SCALE, Call, Site, empty_store, expected, make_call, page_table
 from golden import check_golden
 from torch import Tensor
 
@@ -124,6 +124,25 @@ def test_older_tokens_than_a_window_are_not_read() -> None:
     for tensor in call.store.values():
         tensor[:, :, 16:32] = torch.nan
     assert bool(load(site.spec, INTERPRETED).launch(*call.arguments()).isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["codes", pytest.param("latent", marks=pytest.mark.grid)])
+def test_a_step_of_the_op_appends_and_attends(name: str) -> None:
+    """Through the op, whose reference form says what both kernels have to give together: float32, one call."""
+    site = dataclasses.replace(ALWAYS[name], dtype="float32", held=(31, 20), first=(0, 3), queries=2)
+    options = {"scale": SCALE, "mask": "k_idx <= q_idx", "format": site.form.text()}
+    found = []
+    for target in (INTERPRETED, "reference"):
+        # Both begin with what the reference has appended, the call's own tokens among it: they are written again.
+        call, generator = make_call(site), torch.Generator().manual_seed(5)
+        kept = (1 if site.form.latent else site.heads[1], site.heads[2])
+        k, v = (torch.randn(2, h, 2, d, generator=generator) for h, d in zip(kept, site.dims[1:], strict=True))
+        store = [tensor.nan_to_num() for tensor in call.store.values()]
+        rest = (call.rebuild, store, call.length, call.first, call.pages)
+        out = torch.ops.tilewright.cached_attention_step(call.q, k, v, *rest, **options, target=target)
+        found.append([out, *store])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_store_must_be_contiguous() -> None:
