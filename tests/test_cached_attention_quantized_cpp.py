@@ -53,6 +53,18 @@ GEAR = CacheFormat(
     bits_k=2, bits_v=4, group=16, window=32, page=64, value_group=16, correction=3, outliers=5
 )  # fmt: skip
 RICH = Case(GEAR, "bfloat16", key_dim=48, value_dim=32, left=90, sinks=20)
+# The default run builds three kernels: products of bytes, and rows made of codes for CPUs without, and an append.
+FAST = Case(CacheFormat(bits_k=4, bits_v=2, correction=2, outliers=6), "bfloat16")
+SLOW = "avx2" if "avx2" in cpu.supported() else cpu.supported()[-1]
+kinds = pytest.mark.parametrize(
+    ("case", "isa"),
+    [
+        pytest.param(FAST, "", id="fast"),
+        pytest.param(RICH, SLOW, id="slow"),
+        pytest.param(PLAIN, "", id="plain", marks=pytest.mark.grid),
+        pytest.param(RICH, "", id="rich", marks=pytest.mark.grid),
+    ],
+)
 
 _loaded: dict = {}
 
@@ -165,34 +177,33 @@ def edges(form: CacheFormat) -> list[int]:
     return [1, *full, 3 * (window + group) + 5, 400]
 
 
-@pytest.mark.parametrize("case", [PLAIN, RICH], ids=["plain", "gear"])
-def test_attention_around_every_edge(case):
+@kinds
+def test_attention_around_every_edge(case, isa):
     for index, tokens in enumerate(edges(case.form)):
         filled = Filled(case, 2, (1, 2) if index % 2 else (2, 2), 448, seed=index)
         filled.append(tokens)
         queries = min(tokens, 1 + index % 8)
-        check_attention(filled, queries, group=1 + index % 3)
-        check_attention(filled, 1, group=1, first=torch.tensor([0, tokens // 2], dtype=torch.int32))
+        check_attention(filled, queries, group=1 + index % 3, isa=isa)
+        check_attention(filled, 1, group=1, first=torch.tensor([0, tokens // 2], dtype=torch.int32), isa=isa)
 
 
-@pytest.mark.parametrize("case", [PLAIN, RICH], ids=["plain", "gear"])
-def test_sequences_of_different_lengths_and_padding(case):
+@kinds
+def test_sequences_of_different_lengths_and_padding(case, isa):
     filled = Filled(case, 3, (2, 2), 320)
     filled.length = torch.tensor([0, 7, 16], dtype=torch.int32)  # tokens that are only in the ring
     for tensor in (t for n, t in filled.store.items() if n.endswith("_recent")):
         tensor.fill_(0.5)
     for tokens in (30, 100, 3, 61):
         filled.append(tokens)
-    check_attention(filled, 3, group=2, first=torch.tensor([190, 11, 0], dtype=torch.int32))
+    check_attention(filled, 3, group=2, first=torch.tensor([190, 11, 0], dtype=torch.int32), isa=isa)
 
 
-def test_keys_alone_and_values_alone_portably():
-    """Without products of bytes: rows are made of the codes. One build holds a whole side and a quantized one."""
+@pytest.mark.grid
+def test_whole_keys_and_quantized_values():
     form = CacheFormat(bits_k=0, bits_v=8, group=32, window=16, value_group=5)
-    isa = "avx2" if "avx2" in cpu.supported() else "baseline"
     filled = Filled(Case(form, "bfloat16", key_dim=21, value_dim=35, normalizer="sigmoid"), 1, (1, 1), 128)
     filled.append(93)
-    check_attention(filled, 2, group=2, isa=isa)
+    check_attention(filled, 2, group=2, isa=SLOW)
 
 
 def same(name: str, found: Tensor, expected: Tensor) -> None:
@@ -228,13 +239,13 @@ def check_append(case: Case, chunks: list[int], spoil=None, isa: str = "") -> tu
     return ours, theirs
 
 
-@pytest.mark.parametrize("case", [PLAIN, RICH], ids=["plain", "gear"])
+@pytest.mark.parametrize("case", [pytest.param(PLAIN, marks=pytest.mark.grid), RICH], ids=["plain", "gear"])
 def test_append_is_the_references(case):
-    ours, _ = check_append(case, [1, 62, 1, 1, 7, 150, 1, 96, 3])
-    check_attention(ours, 2, group=1)
+    check_append(case, [1, 62, 1, 1, 7, 150, 1, 96, 3])
 
 
-def test_no_numbers_infinities_and_constant_channels():
+@pytest.mark.parametrize("case", [pytest.param(PLAIN, marks=pytest.mark.grid), RICH], ids=["plain", "gear"])
+def test_no_numbers_infinities_and_constant_channels(case):
     """A NaN makes its vector NaN, an infinity the largest float16; a vector of equal numbers has scale 0."""
 
     def spoil(k: Tensor, v: Tensor) -> None:
@@ -244,8 +255,8 @@ def test_no_numbers_infinities_and_constant_channels():
             k[0, 0, 20, 5], k[0, 0, 30, 6], k[1, 0, 9, 7] = NAN, INF, -INF
             v[1, 0, 8, 5] = NAN
 
-    ours, _ = check_append(PLAIN, [130, 120], spoil)
-    check_attention(ours, 1, group=2)
+    ours, _ = check_append(case, [130, 120], spoil)
+    check_attention(ours, 1, group=2, isa="" if case is PLAIN else SLOW)
 
 
 @pytest.mark.grid
