@@ -85,9 +85,9 @@ def everything(side: str, store: Mapping[str, Tensor], held: Tensor, pages: Tens
     at = torch.arange(room, device=data.device)
     parts = {}
     for name in cache_store.PARTS:
-        if (data := store.get(f"{side}_{name}")) is not None:
+        if (tensor := store.get(f"{side}_{name}")) is not None:
             of_token = name in ("codes", "left") or (side == "v" and name in ("scale", "offset"))
-            part = cache_store.rows_of(data, room, pages, 1 if of_token else form.group)
+            part = cache_store.rows_of(tensor, room, pages, 1 if of_token else form.group)
             parts[name] = part.unflatten(2, (room // form.group, form.group)) if of_token else part
     recent = store[f"{side}_recent"][:, :, at % form.ring]
     coded = (held - form.window).clamp_min(0) // form.group * form.group

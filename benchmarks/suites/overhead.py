@@ -83,10 +83,11 @@ def parts(name: str, x: Tensor) -> tuple[Function, Function, Function]:
         held.append(torch.empty(shape, dtype=dtype))
         return held[-1]
 
-    how.launcher.make_launch(lambda *numbers: calls.append(numbers), how.fields, empty)(*inputs)
+    part = how.parts[0]
+    part.launcher.make_launch(lambda *numbers: calls.append(numbers), part.fields, empty)(*inputs)
 
     def kernel(held: Any = held) -> None:  # keeps the outputs' memory
-        how.function(*calls[0])
+        part.function(*calls[0])
 
     def run(x_now: Tensor) -> Any:
         return op(*[x_now if value is x else value for value in args], **kwargs)
@@ -157,7 +158,8 @@ def big_output(rows: int, cols: int) -> Problem:
     how = plans.recipe(operator.choose(x, None, -1, 1.0, torch.float32, False, "auto", "cpp"))
     if how is None or not memory.prepare():
         raise Skip("there is no native softmax, or no pool")
-    fresh = how.launcher.make_launch(how.function, how.fields, lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    part = how.parts[0]
+    fresh = part.launcher.make_launch(part.function, part.fields, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     out = torch.empty_like(x)
     size = x.numel() * x.element_size()
     contenders = [

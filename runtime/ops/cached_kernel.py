@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,8 @@ def _attention_spec(
 
 @functools.lru_cache(maxsize=1024)
 def _tiled(chosen: CachedAttentionSpec, large: bool) -> CachedAttentionSpec:
-    return dataclasses.replace(chosen, **cache_triton.tiles(chosen, large=large))
+    options: dict[str, Any] = dict(cache_triton.tiles(chosen, large=large))
+    return dataclasses.replace(chosen, **options)
 
 
 def step_launches(
