@@ -14,7 +14,7 @@ from tilewright.passes import KVCache
 
 pytest.importorskip("transformers")
 
-MODELS = ("llama", "mistral", "gpt2", "opt", "qwen3")
+MODELS = ("llama", "mistral", "gpt2", "opt", pytest.param("qwen3", marks=pytest.mark.grid))
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
 
 
