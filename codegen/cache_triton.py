@@ -33,9 +33,9 @@ def power_of_two(number: int) -> int:
 
 
 def max_rows(cache: CacheFormat) -> int:
-    """Rows of queries (heads that share keys times queries) in a tile of a program: fewer, where registers hold keys
-    that are unpacked or rebuilt besides."""
-    return 32 if cache.latent or cache.quantized else 64
+    """Rows of queries (heads that share keys times queries) in a tile of a program; more of them are several programs,
+    which follow each other and find the keys in the cache. 32 spill registers where keys are unpacked or rebuilt."""
+    return 16 if cache.latent or cache.quantized else 64
 
 
 def key_tile(cache: CacheFormat, wanted: int) -> int:
