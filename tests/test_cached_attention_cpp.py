@@ -18,7 +18,7 @@ from tilewright.codegen.cache_format import CacheFormat
 from tilewright.codegen.cached_attention import CacheAppendSpec, CachedAttentionSpec, window_of
 from tilewright.codegen.render import render
 from tilewright.codegen.spec import SpecError
-from tilewright.runtime import cpu
+from tilewright.runtime import cpu, fast_call
 from tilewright.runtime import settings as runtime_settings
 from tilewright.runtime.load import forget, load
 from tilewright.runtime.ops import cache_store
@@ -306,6 +306,38 @@ def test_prefill_chunks_and_steps_give_what_one_call_does(mask, format) -> None:
         torch.testing.assert_close(out.double(), expected[:, :, part], rtol=1e-5, atol=1e-5)
         at += count
     assert at == 190
+
+
+def test_lists_of_tensors_and_two_kernels_in_one_call() -> None:
+    """A step through a KV cache appends to the tensors of a list, then reads them."""
+    assert fast_call.prepare()
+    step = torch.ops.tilewright.cached_attention_step
+    options = {"scale": 0.125, "mask": "k_idx <= q_idx"}
+    first = torch.zeros(1, dtype=torch.int32)
+    mine, expected = ([torch.zeros(1, 2, 40, 64) for _ in range(2)] for _ in range(2))
+
+    def call(at: int, store: list[Tensor], target: str) -> Tensor:
+        generator = torch.Generator().manual_seed(at)
+        q, k, v = (torch.randn(1, 2, 1, 64, generator=generator) for _ in range(3))
+        length = torch.tensor([at], dtype=torch.int32)
+        return step(q, k, v, [], store, length, first, None, **options, target=target)
+
+    for at in range(2 * fast_call.TRY_EVERY):
+        torch.testing.assert_close(call(at, mine, "cpp"), call(at, expected, "reference"))
+    at += 1
+    before = fast_call.calls_without_python()
+    found = call(at, mine, "cpp")
+    assert fast_call.calls_without_python() == before + 1
+    torch.testing.assert_close(found, call(at, expected, "reference"))
+    # Other tensors in the list, of the same shapes and of others, are not mistaken for these.
+    for other in (
+        [t.clone() for t in mine],
+        [torch.zeros(1, 2, 50, 64) for _ in range(2)],
+        mine[:1] + [mine[1].clone()],
+    ):
+        same = [t.clone() for t in other]
+        torch.testing.assert_close(call(at + 1, other, "cpp"), call(at + 1, same, "reference"))
+        assert all(map(torch.equal, other, same))
 
 
 def test_masks_that_the_kernel_knows() -> None:

@@ -249,37 +249,6 @@ def test_an_inductor_graph_takes_the_fast_way(op, fresh_dynamo):
         torch.testing.assert_close(compiled(y), chain(y))
 
 
-def test_lists_of_tensors_and_two_kernels_in_one_call():
-    """A step through a KV cache appends to the tensors of a list, then reads them."""
-    step = torch.ops.tilewright.cached_attention_step
-    options = {"scale": 0.125, "mask": "k_idx <= q_idx"}
-    first = torch.zeros(1, dtype=torch.int32)
-    mine, expected = ([torch.zeros(1, 2, 40, 64) for _ in range(2)] for _ in range(2))
-
-    def call(at: int, store: list[Tensor], target: str) -> Tensor:
-        generator = torch.Generator().manual_seed(at)
-        q, k, v = (torch.randn(1, 2, 1, 64, generator=generator) for _ in range(3))
-        length = torch.tensor([at], dtype=torch.int32)
-        return step(q, k, v, [], store, length, first, None, **options, target=target)
-
-    for at in range(2 * fast_call.TRY_EVERY):
-        torch.testing.assert_close(call(at, mine, "cpp"), call(at, expected, "reference"))
-    at += 1
-    before = fast_call.calls_without_python()
-    found = call(at, mine, "cpp")
-    assert fast_call.calls_without_python() == before + 1
-    torch.testing.assert_close(found, call(at, expected, "reference"))
-    # Other tensors in the list, of the same shapes and of others, are not mistaken for these.
-    for other in (
-        [t.clone() for t in mine],
-        [torch.zeros(1, 2, 50, 64) for _ in range(2)],
-        mine[:1] + [mine[1].clone()],
-    ):
-        same = [t.clone() for t in other]
-        torch.testing.assert_close(call(at + 1, other, "cpp"), call(at + 1, same, "reference"))
-        assert all(map(torch.equal, other, same))
-
-
 # Launchers that have no plan.
 
 
