@@ -46,6 +46,7 @@ class Decoder(torch.nn.Module):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
@@ -120,7 +121,7 @@ def encode(model: torch.nn.Module, named: Mapping[str, Any]) -> tuple[Tensor, Te
         states = given[0]
     else:
         whole: Any = model
-        encoder = whole.get_encoder()
+        encoder: Any = whole.get_encoder()
         main = getattr(model, "main_input_name", "input_ids")
         if named.get(main) is None:
             raise BadArgument(f"the call needs {main} or encoder_outputs")
@@ -138,7 +139,8 @@ class CrossProgram(CachedProgram):
     def __init__(self, setup: torch.fx.GraphModule, program: ExportedProgram, *rest: Any) -> None:
         self.setup = setup
         super().__init__(program, *rest)
-        self.whole: Any = program.model.model
+        decoder: Any = program.model
+        self.whole: Any = decoder.model
         self.signature = inspect.signature(self.whole.forward)
 
     @staticmethod
@@ -169,6 +171,7 @@ class CrossProgram(CachedProgram):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = by_name(self.signature.bind(*args, **kwargs))
+        self.program.model.training = self.whole.training
         main = getattr(self.whole, "main_input_name", "input_ids")
         for name, item in named.items():
             if name not in _KNOWN and name != main and item is not None and item is not False:

@@ -122,8 +122,8 @@ def _site(node: Node) -> AnySite:
     k, v = value(named["k"]), value(named["v"])
     site = get_site(node) or Site(node.name, "", "", "cached_attention")
     if node.target is STREAMING:
-        sizes = (int(k.shape[1]), int(k.shape[3]), int(v.shape[3]))
-        return StreamingSite(site.id, *sizes, k.dtype, named["window"], named["sinks"], named["k_far"] is not None)
+        widths = (int(k.shape[1]), int(k.shape[3]), int(v.shape[3]))
+        return StreamingSite(site.id, *widths, k.dtype, named["window"], named["sinks"], named["k_far"] is not None)
     sizes = (int(k.shape[1]), int(k.shape[3]), int(v.shape[1]), int(v.shape[3]))
     return CacheSite(site.id, named["format"], *sizes, k.dtype)
 
