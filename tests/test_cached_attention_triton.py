@@ -22,7 +22,7 @@ from tilewright.runtime.load import load
 from tilewright.runtime.ops import cache_store
 
 INTERPRETED = "triton-interpret"
-LONGER = {"capacity": 96, "held": (90, 37)}
+LONGER = {"capacity": 112, "held": (90, 37)}
 
 
 def coded(key_bits: int = 4, value_bits: int = 4, **fields) -> CacheFormat:
@@ -69,6 +69,7 @@ WIDE = {
     "window": Site(left=20),
     "chunks": Site(dims=(400, 400, 20), queries=1),
     "many_rows": Site(heads=(20, 2, 4), queries=8),
+    "many_rows_of_codes": Site(coded(), heads=(8, 1, 2), queries=8, **LONGER),
     "codes_8": Site(coded(8, 8), **LONGER),
     "codes_2": Site(coded(2, 2, value_group=2), **LONGER),
     "keys_alone": Site(coded(4, 0, group=48), capacity=144, held=(120, 60)),
