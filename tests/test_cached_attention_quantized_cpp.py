@@ -212,7 +212,7 @@ def same(name: str, found: Tensor, expected: Tensor) -> None:
 
 def check_append(case: Case, chunks: list[int], spoil=None, isa: str = "") -> tuple[Filled, Filled]:
     """The same calls into two stores, one by the kernel: equal but for the low rank, whose products are near."""
-    ours, theirs = (Filled(case, 2, (1, 2), 448, seed=3) for _ in range(2))
+    ours, theirs = (Filled(case, 2, (1, 2), 768, seed=3) for _ in range(2))
     length = torch.tensor([0, 5], dtype=torch.int32)
     for filled in (ours, theirs):
         for name, tensor in filled.store.items():
