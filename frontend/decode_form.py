@@ -63,17 +63,18 @@ class DecodeForm:
         if not parameters:
             raise BadExampleInputs(f"{type(model).__name__}.forward takes no token ids")
         tokens = "input_ids" if "input_ids" in parameters else parameters[0]
-        embedding = None
-        if callable(getattr(model, "get_input_embeddings", None)):
-            embedding = model.get_input_embeddings()
+        get_embedding: Any = getattr(model, "get_input_embeddings", None)
+        embedding: Any = get_embedding() if callable(get_embedding) else None
         if embedding is None:
             embedding = next((m for m in model.modules() if isinstance(m, torch.nn.Embedding)), None)
         vocabulary = int(getattr(embedding, "num_embeddings", 0))
         ids = named.get(tokens)
         if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()):
             raise BadExampleInputs(f"{tokens} must be token ids of shape (batch, tokens)")
-        if ids is None and not vocabulary:
-            raise BadExampleInputs("the model has no embedding to draw token ids from: give example_inputs")
+        if not vocabulary:
+            if ids is None:
+                raise BadExampleInputs("the model has no embedding to draw token ids from: give example_inputs")
+            vocabulary = int(ids.max()) + 1
         known = {tokens, "attention_mask", "position_ids", "logits_to_keep"} | _IGNORED
         extra = tuple(n for n, v in named.items() if n not in known and isinstance(v, Tensor))
         constants = {n: v for n, v in named.items() if n not in known and not isinstance(v, Tensor) and v is not None}
@@ -84,7 +85,7 @@ class DecodeForm:
             tokens,
             parameters,
             constants,
-            vocabulary or int(ids.max()) + 1,  # type: ignore[union-attr]
+            vocabulary,
             "attention_mask" in parameters,
             "position_ids" in parameters,
             "logits_to_keep" in parameters,

@@ -150,7 +150,9 @@ def _why_not_padding(bias: Node) -> str | None:
             return f"its padding mask is computed by {node.target}, and only attention_mask != 0 can be kept"
         if node.target in _NOT_ZERO and node.args[1] != _NOT_ZERO[node.target]:
             return f"its padding mask is computed by {node.target} with {node.args[1]}"
-        node = node.args[0]  # type: ignore[assignment]
+        before = node.args[0]
+        assert isinstance(before, Node)
+        node = before
     if not compared and value(node).dtype is not torch.bool:
         return "its padding mask is not compared with zero"
     return None
