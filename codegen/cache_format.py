@@ -23,6 +23,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from .spec import SpecError
 
@@ -183,9 +184,9 @@ def parse_format(text: str) -> CacheFormat:
     try:
         given = json.loads(text) if text else {}
         known = {f.name: f for f in dataclasses.fields(CacheFormat)}
-        checked = {}
+        checked: dict[str, Any] = {}
         for name, value in given.items():
-            kind = type(known[name].default)
+            kind: Any = type(known[name].default)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 if not (kind is float and isinstance(value, int)):
                     raise SpecError(f"cache: {name} is {value!r}, but must be {kind.__name__}")
