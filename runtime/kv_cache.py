@@ -234,7 +234,8 @@ class KVState:
         have = len(self._shared)
         if wanted <= len(self._free):
             return
-        more = max(wanted - len(self._free), min(have, self.batch * (self.capacity // self.page) - have), 1 if have else 2)
+        room = self.batch * (self.capacity // self.page) - have
+        more = max(wanted - len(self._free), min(have, room), 1 if have else 2)
         for index, (grows, tensor) in enumerate(zip(self.grows, self.flat, strict=True)):
             if not grows:
                 continue
