@@ -34,8 +34,8 @@ def power_of_two(number: int) -> int:
 
 def max_rows(cache: CacheFormat) -> int:
     """Rows of queries (heads that share keys times queries) in a tile of a program; more of them are several programs,
-    which follow each other and find the keys in the cache. 32 spill registers where keys are unpacked or rebuilt."""
-    return 16 if cache.latent or cache.quantized else 64
+    which follow each other and find the keys in the cache. Twice as many would spill registers."""
+    return 16 if cache.latent or cache.quantized else 32
 
 
 def key_tile(cache: CacheFormat, wanted: int) -> int:
@@ -149,7 +149,9 @@ def tiles(spec: Any, *, large: bool) -> dict[str, int]:
     """
     cache: CacheFormat = spec.cache
     widest = max(padded(min(spec.head_dim, RESIDENT)), padded(spec.value_dim))
-    few = widest > (64 if spec.dtype == "float32" else 128)
+    # Half a tile where 64 keys would spill registers: wide heads, float32, and codes that are corrected or of latents.
+    rich = cache.correction or cache.outliers or (cache.latent and cache.quantized)
+    few = widest > 128 or (widest > 64 and bool(rich)) or (widest > 32 and spec.dtype == "float32")
     stages = 3 if large and spec.dtype != "float32" and not cache.latent else 2
     # Rebuilt keys are a tile of float32 in registers, of which an AMD program of four warps has more a thread.
     warps = 8 if cache.latent and large and widest > 64 else 4
