@@ -22,7 +22,7 @@ from tilewright.runtime.load import load
 from tilewright.runtime.ops import cache_store
 
 INTERPRETED = "triton-interpret"
-LONGER = {"capacity": 112, "held": (90, 37)}
+LONGER = {"capacity": 128, "held": (90, 37)}
 
 
 def coded(key_bits: int = 4, value_bits: int = 4, **fields) -> CacheFormat:
