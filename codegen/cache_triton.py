@@ -136,8 +136,8 @@ def attention_entries(spec: Any) -> list[dict[str, Any]]:
     arguments |= dict.fromkeys(("q_batch", "q_head", "q_row", "q_dim"), "i32")
     constants = {"q_dim": 1, "BLOCK_M": 16, "SEVERAL": False}
     first = _entry("cached_attention_part", arguments, constants, sizes, spec.num_warps, spec.num_stages)
-    merged = parts | {"out": element, "q_heads": "i32", "q_len": "i32", "splits": "i32"}
-    second = _entry("cached_attention_merge", merged, {"BLOCK_SPLITS": 32}, ["q_heads", "q_len", "splits"], 4, 1)
+    merged = parts | {"out": element, "splits": "i32"}
+    second = _entry("cached_attention_merge", merged, {"BLOCK_SPLITS": 32}, ["splits"], 4, 1)
     return [first, second]
 
 
