@@ -84,6 +84,7 @@ def test_smollm2_through_export(smollm2: LoadedModel) -> None:
     assert contributions[0].error["rel_l2"] >= contributions[-1].error["rel_l2"]
 
 
+@pytest.mark.grid  # the demo's test compares 12 tokens through both doors
 def test_smollm2_generates_the_same_tokens(smollm2: LoadedModel) -> None:
     torch._dynamo.reset()
     inputs = smollm2.tokenizer("The capital of France is", return_tensors="pt")
