@@ -12,6 +12,7 @@ from attention_bounds import DTYPES, Expected, close
 from golden import check_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_attention_cpp import kernel
 from torch import Tensor
 
 from tilewright.codegen.cache_format import CacheFormat
@@ -19,8 +20,6 @@ from tilewright.codegen.cached_attention import CacheAppendSpec, CachedAttention
 from tilewright.codegen.render import render
 from tilewright.codegen.spec import SpecError
 from tilewright.runtime import cpu, fast_call
-from tilewright.runtime import settings as runtime_settings
-from tilewright.runtime.load import forget, load
 from tilewright.runtime.ops import cache_store
 
 PAGED = CacheFormat(page=64).text()
@@ -43,20 +42,6 @@ WIDE = {
     ),
     "sigmoid_fp32": CachedAttentionSpec(normalizer="sigmoid", key_dim=128, head_dim=128, value_dim=256),
 }
-
-_loaded: dict = {}
-
-
-def kernel(spec, isa: str):
-    """The launch of a spec for an instruction set; ``load`` itself keeps one a spec."""
-    if isa not in cpu.supported():
-        pytest.skip(f"this CPU has no {isa}")
-    if (spec, isa) not in _loaded:
-        with runtime_settings.override(cpu_isa=isa):
-            forget()
-            _loaded[spec, isa] = load(spec, "cpp").launch
-            forget()
-    return _loaded[spec, isa]
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,10 @@ from attention_bounds import close
 from cached_bounds import Call, Site, expected, make_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_attention_cpp import kernel as spec_kernel
 
 from tilewright.codegen.cache_format import CacheFormat
 from tilewright.runtime import cpu
-from tilewright.runtime import settings as runtime_settings
-from tilewright.runtime.load import forget, load
 
 
 def latent(**fields) -> CacheFormat:
@@ -55,20 +54,9 @@ WIDE = {
     ),
 }  # fmt: skip
 
-_loaded: dict = {}
-
 
 def kernel(site: Site, isa: str):
-    """The launch for an instruction set; ``load`` itself keeps one a spec."""
-    spec = site.spec
-    if isa not in cpu.supported():
-        pytest.skip(f"this CPU has no {isa}")
-    if (spec, isa) not in _loaded:
-        with runtime_settings.override(cpu_isa=isa):
-            forget()
-            _loaded[spec, isa] = load(spec, "cpp").launch
-            forget()
-    return _loaded[spec, isa]
+    return spec_kernel(site.spec, isa)
 
 
 @pytest.fixture(autouse=True)

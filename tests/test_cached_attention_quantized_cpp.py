@@ -9,13 +9,12 @@ import math
 import pytest
 import torch
 from attention_bounds import Expected, close
+from test_attention_cpp import kernel as spec_kernel
 from torch import Tensor
 
 from tilewright.codegen.cache_format import CacheFormat
 from tilewright.codegen.cached_attention import CacheAppendSpec, CachedAttentionSpec
 from tilewright.runtime import cpu
-from tilewright.runtime import settings as runtime_settings
-from tilewright.runtime.load import forget, load
 from tilewright.runtime.ops import cache_store
 
 NAN, INF = math.nan, math.inf
@@ -66,20 +65,10 @@ kinds = pytest.mark.parametrize(
     ],
 )
 
-_loaded: dict = {}
-
 
 def kernel(spec, isa: str = ""):
-    """The launch of a spec for an instruction set (the best one without a name); ``load`` itself keeps one a spec."""
-    isa = isa or cpu.supported()[0]
-    if isa not in cpu.supported():
-        pytest.skip(f"this CPU has no {isa}")
-    if (spec, isa) not in _loaded:
-        with runtime_settings.override(cpu_isa=isa):
-            forget()
-            _loaded[spec, isa] = load(spec, "cpp").launch
-            forget()
-    return _loaded[spec, isa]
+    """The launch of a spec for an instruction set, the best one without a name."""
+    return spec_kernel(spec, isa or cpu.supported()[0])
 
 
 class Filled:
