@@ -379,9 +379,14 @@ def test_the_interpreter_ends_with_tensors_alive():
         torch.kept_for_ever = more[0].numpy()
         context = memory.pool(); context.__enter__()
         def loop():
-            while True: memory.empty((2**20,), torch.float32)
+            # It rests before the end: Python 3.11 unwinds a daemon thread that is inside torch
+            # then, and torch itself aborts on that (torch.empty in a loop does), pool or not.
+            for _ in range(100): mine = memory.empty((2**20,), torch.float32)
+            allocated.set()
+            time.sleep(3600)
+        allocated = threading.Event()
         threading.Thread(target=loop, daemon=True).start()
-        time.sleep(0.1)
+        allocated.wait()
         print("fine")
     """)
     assert (done.stdout.strip(), done.returncode) == ("fine", 0), done.stderr
