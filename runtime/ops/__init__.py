@@ -9,6 +9,7 @@ from . import attention_lse, block_attention, block_lists, block_states, merge_a
 from . import block_scores, select_blocks  # isort: skip
 from . import gated_attention, group_attention, routed_attention  # isort: skip
 from . import add_layer_norm, add_rms_norm, linear_fused  # isort: skip
+from . import quantized_embedding, quantized_linear  # isort: skip
 
 __all__ = [
     "HELPERS",
@@ -34,6 +35,8 @@ __all__ = [
     "linear",
     "linear_fused",
     "merge_attention",
+    "quantized_embedding",
+    "quantized_linear",
     "rms_norm",
     "rope",
     "routed_attention",

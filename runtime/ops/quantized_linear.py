@@ -1,0 +1,134 @@
+"""Linear layers with packed low-bit weights, with the activation, gate and residual that follow them, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...codegen.linear import ACTIVATIONS
+from ...codegen.weight_format import WeightFormat, parse_weight_format
+from ..errors import BadArgument, UnsupportedKernel
+from . import gated_mlp, linear, quantized_weight
+from .registry import Tolerance, canonical
+
+
+def reference(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None = None,
+    *,
+    rows: Sequence[int],
+    format: str,
+    activation: str = "none",
+    gated: bool = False,
+) -> Tensor:
+    """``act(x @ W.T + b) + residual`` with W from its codes, every operation rounded to x's dtype.
+
+    x: (..., K). codes, scales, zeros: of each weight (N_i, K), as ``format`` says (:mod:`codegen.weight_format`);
+    zeros is empty where the format has none. biases: (N_i,) or None each. rows: the N_i. Results of several weights
+    follow each other in the last dimension; ``gated`` takes two of one shape and gives ``act(first) * second``.
+    residual: of the result's shape. activation: ``none`` or one of gated_mlp's.
+
+    With the format's ``activations`` 8 or 4, each row of x is rounded to integers first: s = max|x| / 127 (or 7) in
+    float32, x = s * round(x / s), and sums are taken of integers times weights.
+
+    Returns (..., sum of N_i), gated (..., N), of x's dtype. Raises ``BadArgument`` for counts that disagree.
+    """
+    fmt = parse_weight_format(format)
+    check(codes, scales, zeros, biases, rows, fmt, activation, gated)
+    x, step = round_activations(x, fmt.activations) if fmt.activations else (x, None)
+    parts = []
+    for i, (packed, scale, bias) in enumerate(zip(codes, scales, biases, strict=True)):
+        zero = zeros[i] if zeros else None
+        weight = quantized_weight.dequantize(
+            packed, scale, zero, fmt, rows[i], x.shape[-1], x.dtype if step is None else _wide(x.dtype)
+        )
+        if step is None:
+            parts.append(functional.linear(x, weight, bias))
+        else:
+            product = functional.linear(x.to(weight.dtype), weight) * step
+            parts.append((product if bias is None else product + bias).to(x.dtype))
+    act = gated_mlp.ACTIVATIONS.get(activation, lambda y: y)
+    out = act(parts[0]) * parts[1] if gated else act(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
+    return out if residual is None else out + residual
+
+
+def round_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Each row of x (..., K) as integers of ``bits`` bits (in x's dtype) and their step (..., 1), float32 or float64.
+
+    A row of zeros has step 1. NaN and infinities make the whole row NaN.
+    """
+    wide = x.to(_wide(x.dtype))
+    most = 2.0 ** (bits - 1) - 1
+    step = wide.abs().amax(-1, keepdim=True) / most if x.shape[-1] else wide.new_zeros((*x.shape[:-1], 1))
+    step = torch.where(step == 0, torch.ones_like(step), step)
+    integers = (wide / step).round().clamp(-most, most)
+    return integers.to(x.dtype), step
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rows: Sequence[int],
+    fmt: WeightFormat,
+    activation: str,
+    gated: bool,
+) -> None:
+    """Raise :class:`BadArgument` when the lists of a call do not fit each other or the format."""
+    if activation not in ACTIVATIONS:
+        raise BadArgument(f"quantized_linear has no activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
+    count = len(codes)
+    wanted = 0 if fmt.zero == "middle" else count
+    if not count or len(scales) != count or len(biases) != count or len(rows) != count or len(zeros) != wanted:
+        raise BadArgument(
+            f"quantized_linear got {count} codes, {len(scales)} scales, {len(zeros)} zeros, {len(biases)} biases and "
+            f"{len(rows)} rows: one of each a weight, and {'no zeros' if not wanted else 'zeros'} in this format"
+        )
+    if gated and (count != 2 or rows[0] != rows[1]):
+        raise BadArgument(f"a gated quantized_linear takes two weights with as many rows, not {list(rows)}")
+
+
+def _composite(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None = None,
+    *,
+    rows: Sequence[int],
+    format: str,
+    activation: str = "none",
+    gated: bool = False,
+    target: str = "reference",
+) -> Tensor:
+    if linear.runs_reference(target, x, residual, *biases):
+        return reference(
+            x, codes, scales, zeros, biases, residual, rows=rows, format=format, activation=activation, gated=gated
+        )
+    raise UnsupportedKernel(f"quantized_linear has no kernel for target {target!r} yet")
+
+
+# As linear_fused's: the weights are exact in float32, and what a half dtype adds by rounding them is less than an eps
+# of each product.
+TOLERANCE = {dtype: Tolerance(4 * t.atol, 4 * t.rtol) for dtype, t in linear.TOLERANCE.items()}
+op = canonical(
+    "quantized_linear(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor?[] biases, "
+    "Tensor? residual=None, *, int[] rows, str format, str activation='none', bool gated=False, "
+    "str target='reference') -> Tensor".replace("'", '"'),
+    reference=reference,
+    composite=_composite,
+    tolerance=TOLERANCE,
+)
