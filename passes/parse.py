@@ -53,6 +53,22 @@ def _split(text: str) -> list[tuple[str, str | None]]:
     return passes
 
 
+def split_options(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """``name{x=1,y}`` -> ``("name", [("x", "1"), ("y", "true")])``: a bare name switches a flag on.
+
+    Raises :class:`BadPassOption` for text that is no single name with options.
+    """
+    parts = _split(text)
+    if len(parts) != 1:
+        raise BadPassOption(f"cannot read {text!r}: write one name{{option=value,option=value}}")
+    name, options = parts[0]
+    pairs = []
+    for item in _top_level(options or ""):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        pairs.append((key.replace("-", "_"), value if equals else "true"))
+    return name, pairs
+
+
 def _top_level(text: str) -> list[str]:
     """Split at commas that are outside of braces, brackets and quotes; empty pieces are dropped."""
     pieces, depth, quote, start = [], 0, "", 0

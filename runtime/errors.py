@@ -108,6 +108,10 @@ class TuningError(TilewrightError):
     """Tuning cannot go on: a loss that is not finite, or a checkpoint that is damaged or of another run."""
 
 
+class QuantizationError(TilewrightError):
+    """Weights that cannot be rounded: numbers that are not finite, settings that differ, or a damaged checkpoint."""
+
+
 class SaveError(TilewrightError):
     """A compiled module that cannot be saved, or a file that is not a saved one."""
 
