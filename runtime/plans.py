@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 THREADS, INTEGER, REAL, INPUT, BUFFER, ARRAY = range(6)
-MAX_INTEGERS, MAX_REALS = 28, 8
+MAX_INTEGERS, MAX_REALS = 40, 8
 """As in ``fast_call.cpp.jinja``."""
 MAX_BYTES = 2**26
 """A call with a larger tensor takes milliseconds: nothing to gain."""

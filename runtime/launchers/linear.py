@@ -16,7 +16,7 @@ _KEPT = 1024
 Store = Callable[[Sequence[torch.Tensor], str, int, Callable[[torch.Tensor], None]], torch.Tensor]
 
 
-def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The tensor, copied if need be, and how far apart its rows (all but the last dimension) are."""
     shape, strides = tensor.shape, tensor.stride()
     if tensor.is_contiguous():
@@ -55,7 +55,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[..., torch.
         residual: torch.Tensor | None = None,
         store: Store | None = None,
     ) -> torch.Tensor:
-        x, x_row = _rows(x)
+        x, x_row = rows_of(x)
         shape = x.shape
         K = shape[-1]
         M = x.numel() // K if K else shape[:-1].numel()
@@ -75,7 +75,7 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[..., torch.
         out = empty((*shape[:-1], width // 2 if gated else width), x.dtype)
         at = 0
         if residual is not None:
-            residual, numbers[4] = _rows(residual)
+            residual, numbers[4] = rows_of(residual)
             at = residual.data_ptr()
         layout = (ctypes.c_int64 * len(numbers))(*numbers)
         key = (M, K, *numbers[8::4])
