@@ -162,7 +162,8 @@ class _Recording:
             if isinstance(x, Tensor):
                 found[x.data_ptr()] = (INPUT, i)
             elif isinstance(x, list):
-                found |= {y.data_ptr(): (INPUT, i + n * ELEMENT) for n, y in enumerate(x, 1)}
+                here = [(n, y) for n, y in enumerate(x, 1) if isinstance(y, Tensor)]
+                found |= {y.data_ptr(): (INPUT, i + n * ELEMENT) for n, y in here}
         return found | {x.data_ptr(): (BUFFER, i) for i, x in enumerate(self.buffers) if x.numel()}
 
 
@@ -174,8 +175,8 @@ def make(launch: Launch, arguments: Sequence[Any], returns: int) -> Plan | None:
     how = recipe(launch)
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     # What stands in a list may be as large as it likes: a call need not read all of it.
-    listed = [y for x in arguments if isinstance(x, list) for y in x]
-    if how is None or any(not isinstance(y, Tensor) for y in listed):
+    listed = [y for x in arguments if isinstance(x, list) for y in x if isinstance(y, Tensor)]
+    if how is None:
         return None
     if any(x.numel() == 0 or x.dtype not in _SCALAR_TYPES for x in (*tensors, *listed)):
         return None

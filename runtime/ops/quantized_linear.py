@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...codegen.linear import ACTIVATIONS
+from ...codegen.linear import ACTIVATIONS, MOST_WEIGHTS
+from ...codegen.quantized_linear import QuantizedLinearSpec
 from ...codegen.weight_format import WeightFormat, parse_weight_format
+from .. import fast_call
 from ..errors import BadArgument, UnsupportedKernel
+from ..load import load
 from . import gated_mlp, linear, quantized_weight
-from .registry import Tolerance, canonical
+from .native import check_native, dtype_name
+from .registry import LIBRARY, Tolerance, canonical
 
 
 def reference(
@@ -118,8 +122,138 @@ def _composite(
         return reference(
             x, codes, scales, zeros, biases, residual, rows=rows, format=format, activation=activation, gated=gated
         )
-    raise UnsupportedKernel(f"quantized_linear has no kernel for target {target!r} yet")
+    return torch.ops.tilewright.quantized_linear_forward(
+        x, codes, scales, zeros, biases, residual, rows, format, activation, gated, target
+    )
 
+
+def spec(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None = None,
+    *,
+    rows: Sequence[int],
+    format: str,
+    activation: str = "none",
+    gated: bool = False,
+    target: str = "cpp",
+) -> QuantizedLinearSpec:
+    """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none, and
+    :class:`~tilewright.runtime.errors.BadArgument` for lists that do not fit each other."""
+    fmt = parse_weight_format(format)
+    check(codes, scales, zeros, biases, rows, fmt, activation, gated)
+    biased = {f"bias {i}": bias for i, bias in enumerate(biases)}
+    check_native("quantized_linear", target, x=x, residual=residual, **biased)
+    for key, tensor in {"residual": residual, **biased}.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise UnsupportedKernel(f"quantized_linear: {key} is {tensor.dtype}, but x is {x.dtype}")
+    if len(codes) > MOST_WEIGHTS:
+        raise UnsupportedKernel(f"quantized_linear takes one to {MOST_WEIGHTS} weights, not {len(codes)}")
+    if fmt.kind != "int" or x.dtype == torch.float16:
+        what = f"{fmt.kind} weights" if fmt.kind != "int" else "float16 activations"
+        raise UnsupportedKernel(f"quantized_linear: native kernels have no {what}")
+    if fmt.layout != "panels":
+        raise UnsupportedKernel(f"quantized_linear: native kernels read the layout 'panels', not {fmt.layout!r}")
+    return QuantizedLinearSpec(
+        dtype=dtype_name(x),
+        bits=fmt.bits,
+        group=fmt.group,
+        zero=fmt.zero,
+        scales=fmt.scales,
+        activations=fmt.activations,
+        activation=activation,
+        gated=gated,
+    )
+
+
+LIBRARY.define(
+    "quantized_linear_forward(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor?[] biases, "
+    "Tensor? residual, int[] rows, str format, str activation, bool gated, str target) -> Tensor"
+)
+
+
+def _check_shapes(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None,
+    rows: Sequence[int],
+    fmt: WeightFormat,
+    gated: bool,
+) -> tuple[int, ...]:
+    """The result's shape. Raises RuntimeError, as torch does, when a tensor is not what the format says."""
+    for i, count in enumerate(rows):
+        found = {"codes": codes[i], "scale": scales[i], **({"zero": zeros[i]} if zeros else {})}
+        for name, (shape, dtype) in fmt.shapes(count, x.size(-1)).items():
+            _agree(name, found[name], shape, getattr(torch, dtype))
+        bias = biases[i]
+        if bias is not None:
+            _agree("bias", bias, (count,), x.dtype)
+    shape = (*x.shape[:-1], rows[0] if gated else sum(rows))
+    if residual is not None:
+        _agree("residual", residual, shape, x.dtype)
+    return shape
+
+
+def _agree(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch._check(
+        tensor.dtype == dtype and tensor.dim() == len(shape),
+        lambda: f"quantized_linear: {name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}",
+    )
+    for mine, wanted in zip(tensor.shape, shape, strict=True):
+        torch._check(
+            mine == wanted,
+            lambda: f"quantized_linear: {name} has shape {tuple(tensor.shape)}, but x and rows say {shape}",
+        )
+
+
+def _launch(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None,
+    rows: Sequence[int],
+    format: str,
+    activation: str,
+    gated: bool,
+    target: str,
+) -> Callable[..., Tensor]:
+    more = {"rows": rows, "format": format, "activation": activation, "gated": gated, "target": target}
+    chosen = spec(x, codes, scales, zeros, biases, residual, **more)
+    _check_shapes(x, codes, scales, zeros, biases, residual, rows, parse_weight_format(format), gated)
+    return load(chosen, target).launch
+
+
+fast_call.implement(
+    "quantized_linear_forward", _launch, passes=("x", "codes", "scales", "zeros", "biases", "residual", "rows")
+)
+
+
+def _fake(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None,
+    rows: Sequence[int],
+    format: str,
+    activation: str,
+    gated: bool,
+    target: str,
+) -> Tensor:
+    fmt = parse_weight_format(format)
+    return x.new_empty(_check_shapes(x, codes, scales, zeros, biases, residual, rows, fmt, gated))
+
+
+torch.library.register_fake("tilewright::quantized_linear_forward", _fake, lib=LIBRARY)
 
 # As linear_fused's: the weights are exact in float32, and what a half dtype adds by rounding them is less than an eps
 # of each product.
@@ -131,4 +265,5 @@ op = canonical(
     reference=reference,
     composite=_composite,
     tolerance=TOLERANCE,
+    spec=spec,
 )
