@@ -18,7 +18,7 @@ from ..passes.view import arguments, value
 from ..runtime import announce, load
 from ..runtime.errors import BuildError, MissingCompiler, MissingDependency, UnsupportedKernel
 from ..runtime.ops import OPS, CanonicalOp, is_canonical
-from . import fuse_linear, fuse_residual, policy
+from . import fuse_linear, fuse_residual, pack_weights, policy
 from .choices import Rest, Target
 from .progress import build_kernels
 
@@ -114,6 +114,7 @@ def set_target(node: Node, target: str) -> None:
 
 def retarget(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> torch.fx.GraphModule:
     """Set targets in place, their kernels built: what a validated replacement will run."""
+    _pack(module, requested)
     for node, choice in _choose_all(module, requested, rest).items():
         set_target(node, choice.target)
     module.recompile()
@@ -140,6 +141,7 @@ def lower(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> tuple[
     Returns the kernels in use and the ops left to their reference form, in graph order.
     """
     _fuse(module, requested)
+    _pack(module, requested)
     kernels: list[KernelUse] = []
     references: list[ReferenceUse] = []
     fallbacks: list[ReferenceUse] = []
@@ -169,6 +171,12 @@ def _fuse(module: torch.fx.GraphModule, requested: Target) -> None:
         return
     fuse_linear.fuse(module)
     fuse_residual.fuse(module)
+
+
+def _pack(module: torch.fx.GraphModule, requested: Target) -> None:
+    """Quantized weights in the layout of the native CPU kernels, where those will read them."""
+    if requested in ("auto", "cpp"):
+        pack_weights.pack(module)
 
 
 def _op(node: Node) -> str:
