@@ -22,6 +22,7 @@ from .report import (
     RaisingReport,
     Report,
     SiteError,
+    worst_error,
 )
 
 
@@ -60,6 +61,10 @@ def _add(report: Report, record: GraphRecord) -> None:
                     prefix + rewrite.site.id, rewrite.site.source, use.name if use else None, error, rewrite.details
                 )
             )
+        row.matched += [MatchedSite(prefix + site.id, site.source, details=details) for site, details in run.edited]
+        row.facts |= run.facts
+        if run.error is not None:
+            row.error = worst_error((row.error, SiteError(**run.error)))
         row.declined += [DeclinedSite(prefix + site.id, reason, site.source) for site, reason in run.declined]
         row.near_misses += [
             NearMissSite(prefix + site.id, stopped, reason, site.source) for site, stopped, reason in run.near_misses

@@ -113,7 +113,7 @@ def require_changes(options: Options, records: Sequence[GraphRecord]) -> None:
     """Raise :class:`PassChangedNothing` when a pass rewrote no site of any graph, with its commonest reason."""
     for position, one in enumerate(options.passes):
         runs = [record.runs[position] for record in records]
-        if any(run.rewrites for run in runs):
+        if one.optional or any(run.rewrites or run.edited for run in runs):
             continue
         reasons = [reason for run in runs for _, reason in run.declined]
         reasons += [reason for run in runs for _, _, reason in run.near_misses]

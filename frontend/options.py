@@ -46,7 +46,7 @@ class Options:
             if got not in choices:
                 raise BadArgument(f"{name} is {got!r}, but must be one of {', '.join(choices)}")
         return Options(
-            tuple(sort_passes(given)),
+            tuple(stage for one in sort_passes(given) for stage in one.stages()),
             cast(Target, target),
             cast(Rest, rest),
             bool(strict),

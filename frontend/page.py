@@ -28,6 +28,7 @@ from .report_print import (
     format_error,
     group_sites,
     model_error_facts,
+    pass_facts,
     same_reason,
     shared_details,
     short_source,
@@ -148,6 +149,7 @@ def fragment(report: Report, *, full: bool = False) -> str:
     raising += [("near miss", g) for g in group_sites(report.raising.near_misses, lambda r: same_reason(r.reason))]
     return template("fragment.html.jinja").render(
         report=report,
+        pass_facts=pass_facts,
         passes=rows,
         facts=model_error_facts(report.model_error) if report.model_error is not None else [],
         cache=cache_line(report.cache) if report.cache else "",

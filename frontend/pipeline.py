@@ -18,6 +18,7 @@ from ..passes.site import Site
 from .capture import copy_module
 from .lower import KernelUse, ReferenceUse, lower, retarget
 from .options import Options
+from .progress import pass_progress
 from .raising import RaiseResult, raise_graph
 
 
@@ -85,8 +86,8 @@ def process(
     rewritten = copy_module(raised)
     runs = []
     for one in options.passes:
-        with watch.stage("rewrite"):
-            done = run_pass(rewritten, one, copy_module, calibration)
+        with watch.stage("rewrite"), pass_progress(one.name) as progress:
+            done = run_pass(rewritten, one, copy_module, calibration, progress=progress)
         runs.append(done)
         if options.validate and example_values is not None:
             with watch.stage("validate"):

@@ -137,7 +137,11 @@ class NearMissSite:
 
 @dataclass
 class PassReport:
-    """What one pass did. exactness: ``exact``, ``reassociated`` or ``approximate``."""
+    """What one pass did. exactness: ``exact``, ``reassociated`` or ``approximate``.
+
+    facts: what the pass tells about a whole graph; of several graphs the last one's. error: of the model's outputs, for
+    a pass that edits the graph as a whole.
+    """
 
     name: str
     exactness: str
@@ -145,10 +149,12 @@ class PassReport:
     matched: list[MatchedSite] = field(default_factory=list)
     declined: list[DeclinedSite] = field(default_factory=list)
     near_misses: list[NearMissSite] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    error: SiteError | None = None
 
     def worst(self) -> SiteError | None:
         """The error of the worst measured site, by relative L2; None when nothing was measured."""
-        return worst_error(site.error for site in self.matched)
+        return worst_error((self.error, *(site.error for site in self.matched)))
 
 
 def worst_error(errors: Iterable[SiteError | None]) -> SiteError | None:
@@ -242,6 +248,8 @@ class Report:
                 [MatchedSite(**{**row, "error": _error(SiteError, row["error"])}) for row in one["matched"]],
                 _rows(DeclinedSite, one["declined"]),
                 _rows(NearMissSite, one["near_misses"]),
+                dict(one.get("facts", {})),
+                _error(SiteError, one.get("error")),
             )
             for one in data["passes"]
         ]

@@ -208,7 +208,29 @@ def _sites(one: Any) -> list[RenderableType]:
         table.add_row(Text("declined", style="yellow"), str(group.count), _where(group), Text(group.rows[0].reason))
     for group in group_sites(one.near_misses, lambda r: (r.source, same_reason(r.reason))):
         table.add_row(Text("near miss", style="magenta"), str(group.count), _where(group), _stopped(group.rows[0]))
-    return [Padding(table, (0, 0, 1, 0))]
+    facts = pass_facts(one)
+    shown = [Text(f"{one.name}: {', '.join(facts)}", style="dim")] if facts else []
+    return [Padding(Group(table, *shown), (0, 0, 1, 0))]
+
+
+def pass_facts(one: Any) -> list[str]:
+    """What a pass tells about the whole graph, bytes of weights first."""
+    facts = dict(one.facts)
+    before, after = facts.pop("weight_bytes_before", None), facts.pop("weight_bytes", None)
+    found = []
+    if before and after:
+        found.append(f"weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({before / after:.2f} times less)")
+    for key, item in facts.items():
+        name = key.replace("_", " ")
+        if isinstance(item, Mapping):
+            sizes = key.endswith("_bytes")
+            parts = [f"{k} {v / 1e6:.1f} MB" if sizes else f"{k} {_brief(v)}" for k, v in item.items()]
+            item = ", ".join(parts[:4])
+            name = name.removesuffix(" bytes")
+            found += [f"{name}: {item}"] if item else []
+        elif item not in (None, "", [], (), False):
+            found.append(f"{name} {_brief(item)}")
+    return found
 
 
 def shared_details(group: SiteGroup) -> dict[str, Any]:

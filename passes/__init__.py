@@ -7,6 +7,7 @@ from .focus_attention import FocusAttention
 from .gear import GEAR
 from .kv_cache import KVCache
 from .lm_infinite import LMInfinite
+from .quantize import Quantize
 from .quantize_kv import QuantizeKV
 from .routing_transformer import RoutingTransformer
 from .sigmoid_attention import SigmoidAttention
@@ -28,6 +29,7 @@ PASSES: dict[str, type[Pass]] = {
         StreamingCache,
         QuantizeKV,
         GEAR,
+        Quantize,
     )
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "NearMiss",
     "Needs",
     "Pass",
+    "Quantize",
     "QuantizeKV",
     "Rewrite",
     "RoutingTransformer",

@@ -119,6 +119,31 @@ class SiteContext:
         return build
 
 
+Progress = Callable[[int, int, str], None]
+"""(steps done, steps in all, what is being done)."""
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """A :data:`Progress` that shows nothing."""
+
+
+@dataclass
+class Work:
+    """The whole graph as a pass sees it before it decides about sites.
+
+    sites: what :meth:`Pass.candidates` found, in graph order. batches: calibration inputs, flat inputs of the graph
+    each; none where the user gave none. progress: to be called during what takes long. facts: JSON-able, about the
+    whole graph, for the report; changed: (site, JSON-able details) of what :meth:`Pass.edit` changed.
+    """
+
+    view: GraphView
+    sites: Sequence[SiteContext]
+    batches: Sequence[Sequence[Any]] = ()
+    progress: Progress = silent
+    facts: dict[str, Any] = field(default_factory=dict)
+    changed: list[tuple[Site, dict[str, Any]]] = field(default_factory=list)
+
+
 class Builder:
     """Inserts nodes in front of a site's node, with metadata and shapes filled in."""
 
@@ -226,6 +251,8 @@ class Pass:
         property runs after the passes of the same compilation that provide it, and is refused when none does;
         conflicting passes are refused together. ``after`` orders without requiring.
     why: property -> the sentence that a refusal tells.
+    edits: whether it changes the graph as a whole, by :meth:`edit`, and not site by site.
+    optional: whether ``strict`` accepts that it changes nothing.
     """
 
     exactness: ClassVar[Exactness]
@@ -236,6 +263,8 @@ class Pass:
     conflicts: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[frozenset[str]] = frozenset()
     why: ClassVar[Mapping[str, str]] = {}
+    edits: ClassVar[bool] = False
+    optional: ClassVar[bool] = False
 
     @classmethod
     def cli_name(cls) -> str:
@@ -264,6 +293,10 @@ class Pass:
         """What this instance needs; a pass whose options decide overrides it."""
         return self.needs
 
+    def stages(self) -> tuple[Pass, ...]:
+        """The passes that this one is run as, one after the other: itself, unless it has something to do before."""
+        return (self,)
+
     def candidates(self, view: GraphView) -> Iterable[Node]:
         """The nodes :meth:`rewrite` is asked about, in graph order. A pass with its own pattern may override it."""
         wanted = {canonical_ops.OPS[name].overload for name in self.ops}
@@ -279,6 +312,22 @@ class Pass:
         values: by argument name, and what :meth:`watch` named. Keep what :meth:`rewrite` needs in ``site.state``; keep
         statistics, not the tensors.
         """
+
+    def prepare(self, work: Work) -> None:
+        """Called once, before calibration, with the whole graph and the calibration inputs: for what needs both.
+
+        Keep what is decided in each site's ``state``.
+        """
+
+    def edit(self, work: Work) -> None:
+        """Change the graph as a whole; what was changed goes into ``work.changed``. Only where :attr:`edits` is set.
+
+        The function may change only as :attr:`exactness` says, which is validated on the whole graph's outputs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define edit()")
+
+    def finish(self, work: Work) -> None:
+        """Called once after the graph was edited, for facts about the result."""
 
     def plan(self, sites: Sequence[SiteContext]) -> None:
         """Called once with all candidates, after calibration and before :meth:`rewrite`: for what spans sites.

@@ -20,7 +20,7 @@ from ..runtime.errors import (
     ValidationError,
 )
 from ..runtime.ops import Tolerance
-from .base import Builder, Decline, Exactness, NearMiss, Needs, Pass, Rewrite, SiteContext
+from .base import Builder, Decline, Exactness, NearMiss, Needs, Pass, Progress, Rewrite, SiteContext, Work, silent
 from .execute import Hook, extract, run
 from .metrics import combine, identical, tensor_error, within
 from .site import Site, get_site, name_site, set_site, source_line
@@ -53,13 +53,21 @@ class SiteRewrite:
 
 @dataclass
 class PassRun:
-    """What one pass did to one graph. before: the graph as the pass found it."""
+    """What one pass did to one graph. before: the graph as the pass found it.
+
+    facts: about the whole graph. Of a pass that edits the graph as a whole: after, the graph as it left it; edited,
+    the sites concerned and details; error, of the graph's outputs.
+    """
 
     rewrite: Pass
     before: torch.fx.GraphModule
     rewrites: list[SiteRewrite] = field(default_factory=list)
     declined: list[tuple[Site, str]] = field(default_factory=list)
     near_misses: list[tuple[Site, str, str]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    after: torch.fx.GraphModule | None = None
+    edited: list[tuple[Site, dict[str, Any]]] = field(default_factory=list)
+    error: dict[str, float] | None = None
 
 
 def sort_passes(passes: Iterable[Pass]) -> list[Pass]:
@@ -122,11 +130,12 @@ def run_pass(
     calibration: Sequence[Sequence[Any]] = (),
     *,
     training: bool = False,
+    progress: Progress = silent,
 ) -> PassRun:
-    """Apply one pass to ``module`` in place.
+    """Apply one pass to ``module`` in place. Its :meth:`Pass.stages` are passes of their own: run each.
 
     calibration: flat inputs of the graph, a sequence a batch. copy: how to copy a graph module that shares weights.
-    training: build the form that ``tilewright.tune`` trains where a rewrite has one.
+    training: build the form that ``tilewright.tune`` trains where a rewrite has one. progress: shows what takes long.
     """
     before = copy(module)
     done = PassRun(one, before)
@@ -137,7 +146,15 @@ def run_pass(
         if get_site(node) is None:  # a user's pass with a pattern of its own
             set_site(node, name_site(node, one.name, taken))
     contexts = {node: SiteContext(node, view) for node in candidates}
-    if one.current_needs() is Needs.CALIBRATION:
+    work = Work(view, list(contexts.values()), calibration, progress, done.facts, done.edited)
+    one.prepare(work)
+    if one.edits:
+        one.edit(work)
+        _check(module, one)
+        one.finish(work)
+        done.after = copy(module)
+        return done
+    if one.current_needs() is Needs.CALIBRATION and type(one).observe is not Pass.observe:
         _calibrate(module, one, contexts, calibration)
     one.plan(list(contexts.values()))
     inserted: set[Node] = set()
@@ -176,16 +193,26 @@ def run_pass(
         else:
             want = "return a Rewrite, Decline or NearMiss"
             raise BadPass(f"{one.name}.rewrite returned {outcome!r}: {want}", site=site.id)
+    # A site that reads another one's result is measured on what stood there before: each error is its site's own.
+    replaced = {result: rewrite.node for rewrite, result in pending if result in inserted}
     for rewrite, result in pending:
-        rewrite.after, rewrite.inputs = extract(module, result, inserted)
+        others = replaced.keys() - {result}
+        rewrite.after, inputs = extract(module, result, inserted - others)
+        names = {other.name: replaced[other] for other in others}
+        rewrite.inputs = [names.get(name, name) for name in inputs]
         done.rewrites.append(rewrite)
+    _check(module, one)
+    one.finish(work)
+    return done
+
+
+def _check(module: torch.fx.GraphModule, one: Pass) -> None:
     module.graph.eliminate_dead_code()
     try:
         module.graph.lint()
     except Exception as error:  # lint raises whatever it finds; all of it means a broken pass
         raise BadPass(f"{one.name} left an illegal graph: {error}") from error
     module.recompile()
-    return done
 
 
 def _build(one: Pass, rewrite: Rewrite, builder: Builder, node: Node) -> Node:
@@ -250,8 +277,11 @@ def validate(
     """Run every rewritten site before and after on the values it sees for ``inputs`` and record the error.
 
     prepare: turns a replacement into what will really run (sets kernel targets).
-    Raises :class:`ValidationError` when an EXACT pass changed a bit or a REASSOCIATED one left the tolerance.
+    Raises :class:`ValidationError` when an EXACT pass changed a bit or a REASSOCIATED one left the tolerance. A pass
+    that edits the graph as a whole is measured on the graph's outputs.
     """
+    if done.after is not None:
+        _validate_whole(done, done.after, inputs)
     if not done.rewrites:
         return
     nodes = {node.name: node for node in done.before.graph.nodes}
@@ -268,6 +298,26 @@ def validate(
 
         hooks[nodes[rewrite.node]] = Hook(tuple(nodes[name] for name in rewrite.inputs), call)
     run(done.before, inputs, hooks)
+
+
+def _validate_whole(done: PassRun, after: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Compare all outputs. Rounding differs in every layer and adds up: the bound is the root of the dtype's eps."""
+    pairs = [
+        (a, b)
+        for a, b in zip(_tensors(run(after, inputs)), _tensors(run(done.before, inputs)), strict=True)
+        if b.is_floating_point()
+    ]
+    done.error = combine([tensor_error(a, b) for a, b in pairs])
+    kinds = {value(node).dtype for node in done.before.graph.nodes if isinstance(value(node), torch.Tensor)}
+    eps = max((torch.finfo(kind).eps for kind in kinds if kind.is_floating_point), default=0.0)
+    exact = done.rewrite.exactness is Exactness.EXACT
+    ok = all(identical(a, b) for a, b in pairs) if exact else done.error["rel_l2"] <= eps**0.5
+    if not ok and done.rewrite.exactness is not Exactness.APPROXIMATE:
+        raise ValidationError(
+            f"{done.rewrite.name} says it is {done.rewrite.exactness.value}, but changed the model's outputs by "
+            f"{done.error['max_abs']:.3g} (relative L2 {done.error['rel_l2']:.3g}); please report it, and leave the "
+            "pass out meanwhile"
+        )
 
 
 def _compare(one: Pass, rewrite: SiteRewrite, after: Any, before: Any) -> dict[str, float]:
@@ -316,5 +366,4 @@ def contribution(done: PassRun, rewrite: SiteRewrite, inputs: Sequence[Any]) -> 
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:
-    items = result if isinstance(result, tuple | list) else [result]
-    return [item for item in items if isinstance(item, torch.Tensor)]
+    return [item for item in torch.utils._pytree.tree_leaves(result) if isinstance(item, torch.Tensor)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...codegen.weight_format import WeightFormat
 from ...runtime.errors import CalibrationNeeded, QuantizationError
-from ..base import SiteContext
+from ..base import Progress, SiteContext, silent
 from ..execute import Hook, run
 from ..view import GraphView, arguments
 from . import grid
@@ -29,14 +29,6 @@ from .grid import QuantizedWeight
 from .store import Store
 
 Node = torch.fx.Node
-Progress = Callable[[int, int, str], None]
-"""(steps done, steps in all, what is being done)."""
-
-
-def silent(done: int, total: int, text: str) -> None:
-    """A :data:`Progress` that shows nothing."""
-
-
 @dataclass(frozen=True)
 class WeightSite:
     """One place whose weight is to be rounded.

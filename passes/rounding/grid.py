@@ -181,6 +181,20 @@ def error(w: Tensor, found: QuantizedWeight, weight: Tensor | None = None) -> Te
     return off.unflatten(1, (-1, found.format.group or off.shape[1])).sum(-1)
 
 
+def sqnr(w: Tensor, found: QuantizedWeight) -> float:
+    """20 log10(|w| / |w - q|) in dB, a few million elements at a time; infinite where nothing is lost."""
+    signal = noise = 0.0
+    rows = max(1, _CHUNK // max(1, w.shape[1]))
+    for i in range(0, len(w), rows):
+        zero = None if found.zero is None else found.zero[i : i + rows]
+        part = QuantizedWeight(found.codes[i : i + rows], found.scale[i : i + rows], zero, found.format)
+        signal += float(w[i : i + rows].float().square().sum(dtype=torch.float64))
+        noise += float(error(w[i : i + rows], part).sum(dtype=torch.float64))
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
 def search_grid(
     w: Tensor,
     fmt: WeightFormat,
