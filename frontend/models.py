@@ -100,7 +100,9 @@ def load_model(
     return _load_pretrained(name, options, length)
 
 
-def _load_bundled(name: str, bundled: Bundled, options: dict[str, Any], length: int) -> LoadedModel:
+def bundled_folder(name: str) -> Path:
+    """Where a bundled model's files are. Raises :class:`UnknownModel` with what to install."""
+    bundled = BUNDLED[name]
     found = importlib.util.find_spec(bundled.module)
     if found is None or not found.submodule_search_locations:
         raise UnknownModel(f"the model {name} comes in a package that is not installed: {bundled.install}")
@@ -110,6 +112,11 @@ def _load_bundled(name: str, bundled: Bundled, options: dict[str, Any], length: 
     folder = Path(next(iter(found.submodule_search_locations))) / bundled.folder
     if not (folder / (bundled.gguf or "config.json")).is_file():
         raise UnknownModel(f"the package of {name} is incomplete in {folder}: {bundled.install} --force-reinstall")
+    return folder
+
+
+def _load_bundled(name: str, bundled: Bundled, options: dict[str, Any], length: int) -> LoadedModel:
+    folder = bundled_folder(name)
     if bundled.gguf:
         options = {**options, "gguf_file": bundled.gguf}
     return _from_folder(name, str(folder), bundled.kind, options, length)

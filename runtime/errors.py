@@ -116,5 +116,9 @@ class SaveError(TilewrightError):
     """A compiled module that cannot be saved, or a file that is not a saved one."""
 
 
+class CheckpointError(TilewrightError):
+    """A quantized checkpoint that is damaged, or of a kind that cannot be imported."""
+
+
 class TilewrightWarning(UserWarning):
     """Something the user should know that stops nothing, such as a fallback to the reference form."""

@@ -26,6 +26,7 @@ _PUBLIC = {
     "Report": ".frontend.report",
     "save": ".frontend.save",
     "load": ".frontend.save",
+    "load_quantized": ".frontend.import_checkpoint",
     "tune": ".frontend.tune",
     "render": ".codegen.render",
     "errors": ".runtime.errors",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .codegen.render import render as render
     from .frontend.compile import compile as compile
     from .frontend.compiled import CompiledModule as CompiledModule
+    from .frontend.import_checkpoint import load_quantized as load_quantized
     from .frontend.report import Report as Report
     from .frontend.save import load as load
     from .frontend.save import save as save
