@@ -10,11 +10,12 @@ from torch.nn import functional
 
 from ...codegen.linear import ACTIVATIONS, MOST_WEIGHTS
 from ...codegen.quantized_linear import QuantizedLinearSpec
+from ...codegen.quantized_triton import QuantizedLinearTritonSpec
 from ...codegen.weight_format import WeightFormat, parse_weight_format
 from .. import fast_call
+from ..autotune import load_best
 from ..errors import BadArgument, UnsupportedKernel
-from ..load import load
-from . import gated_mlp, linear, quantized_weight
+from . import gated_mlp, linear, quantized_triton, quantized_weight
 from .native import check_native, dtype_name
 from .registry import LIBRARY, Tolerance, canonical
 
@@ -140,18 +141,23 @@ def spec(
     activation: str = "none",
     gated: bool = False,
     target: str = "cpp",
-) -> QuantizedLinearSpec:
+) -> QuantizedLinearSpec | QuantizedLinearTritonSpec:
     """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none, and
     :class:`~tilewright.runtime.errors.BadArgument` for lists that do not fit each other."""
     fmt = parse_weight_format(format)
     check(codes, scales, zeros, biases, rows, fmt, activation, gated)
     biased = {f"bias {i}": bias for i, bias in enumerate(biases)}
-    check_native("quantized_linear", target, x=x, residual=residual, **biased)
+    if target in quantized_triton.DEVICES:
+        quantized_triton.check("quantized_linear", target, fmt, x=x, residual=residual, **biased)
+    else:
+        check_native("quantized_linear", target, x=x, residual=residual, **biased)
     for key, tensor in {"residual": residual, **biased}.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise UnsupportedKernel(f"quantized_linear: {key} is {tensor.dtype}, but x is {x.dtype}")
     if len(codes) > MOST_WEIGHTS:
         raise UnsupportedKernel(f"quantized_linear takes one to {MOST_WEIGHTS} weights, not {len(codes)}")
+    if target in quantized_triton.DEVICES:
+        return quantized_triton.linear_spec(x, fmt, activation, gated, target)
     if fmt.kind != "int" or x.dtype == torch.float16:
         what = f"{fmt.kind} weights" if fmt.kind != "int" else "float16 activations"
         raise UnsupportedKernel(f"quantized_linear: native kernels have no {what}")
@@ -228,7 +234,7 @@ def _launch(
     more = {"rows": rows, "format": format, "activation": activation, "gated": gated, "target": target}
     chosen = spec(x, codes, scales, zeros, biases, residual, **more)
     _check_shapes(x, codes, scales, zeros, biases, residual, rows, parse_weight_format(format), gated)
-    return load(chosen, target).launch
+    return load_best(chosen, target, lambda: (x, codes, scales, zeros, biases, residual, rows)).launch
 
 
 fast_call.implement(
