@@ -7,12 +7,14 @@ from typing import Any
 
 from ...runtime.errors import BadPassOption
 from ..parse import option_types, read_value, split_options
+from .awq import AWQ
 from .base import Calibration, Method, WeightSite
 from .grid import QuantizedWeight
+from .ostquant import OSTQuant
 from .rtn import RTN
 
 # Name -> method. A new method is one more file, one more import and one more name here.
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (RTN,)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (RTN, AWQ, OSTQuant)}
 
 
 def find_method(method: Any) -> Method:
@@ -46,4 +48,4 @@ def _names() -> list[str]:
     return [f"{cls.__name__}()" for cls in METHODS.values()]
 
 
-__all__ = ["METHODS", "RTN", "Calibration", "Method", "QuantizedWeight", "WeightSite", "find_method"]
+__all__ = ["AWQ", "METHODS", "RTN", "Calibration", "Method", "QuantizedWeight", "WeightSite", "find_method"]

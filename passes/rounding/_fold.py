@@ -93,6 +93,11 @@ class Fold:
         pooled = statistic.new_zeros(count).scatter_reduce(0, place, statistic, reduce, include_self=False)
         return pooled[place]
 
+    def divisor(self, scale: Tensor) -> Tensor:
+        """What each channel of the source is divided by for a ``scale`` (K,) of the inputs; 1 for other channels."""
+        size = int(_hint(value(self.source).shape[-1]))
+        return scale.new_ones(size).index_copy(0, self.channels.to(scale.device), scale)
+
 
 def find_groups(view: GraphView) -> list[Group]:
     """All groups of the graph, in its order. A linear layer that shares its input with no other is a group of one."""
@@ -350,8 +355,7 @@ def _scale_source(view: GraphView, fold: Fold, scale: Tensor) -> None:
     source = fold.source
     assert source is not None
     named = arguments(source)
-    size = int(_hint(value(source).shape[-1]))
-    divisor = scale.new_ones(size).index_copy(0, fold.channels, scale)
+    divisor = fold.divisor(scale)
     if source.target is LINEAR:
         weight = constant(view, named["weight"])
         assert weight is not None
@@ -359,7 +363,7 @@ def _scale_source(view: GraphView, fold: Fold, scale: Tensor) -> None:
     else:
         weight, offset = constant(view, named["weight"]), named.get("weight_offset", 0.0)
         if weight is None:
-            weight = torch.ones(size, dtype=value(source).dtype) - offset
+            weight = torch.ones_like(divisor, dtype=value(source).dtype) - offset
         folded = (weight.double() + offset) / divisor - offset
         set_constant(view, source, "weight", folded.to(weight.dtype))
     bias = constant(view, named.get("bias"))
