@@ -78,12 +78,12 @@ class QuantizedLinearTritonSpec(KernelSpec):
             "integers": bool(self.activations) and self.weights == "int",
             # A scale of a whole row goes into the finished sum.
             "whole": not self.group and (self.zero != "offset" or integers(self)),
-            "span": span(self, self.block_k),
+            "span": span(self.group, self.block_k),
             "few_m": FEW,
             "few_n": few_rows(self),
             "max_splits": MAX_SPLITS,
             "vector_k": vector,
-            "vector_span": span(self, vector),
+            "vector_span": span(self.group, vector),
             "weight_names": ("", "_2") if self.gated else ("",),
             "compile_entries": entries(self),
         }
@@ -117,9 +117,9 @@ def least_columns(spec: QuantizedLinearTritonSpec) -> int:
     return max(UNIT, (32 if integers(spec) else 16) * parts_of(spec.bits))
 
 
-def span(spec: QuantizedLinearTritonSpec, columns: int) -> int:
+def span(group: int, columns: int) -> int:
     """Columns, of so many that begin at a multiple of themselves, that surely share a scale."""
-    return math.gcd(columns, spec.group) if spec.group else columns
+    return math.gcd(columns, group) if group else columns
 
 
 def few_rows(spec: QuantizedLinearTritonSpec) -> int:
@@ -159,21 +159,21 @@ def entries(spec: QuantizedLinearTritonSpec) -> list[dict[str, Any]]:
     found = []
     if spec.activations:
         arguments = {"x": element, "rounded": "*i8", "steps": "*fp32", "K": "i32", "x_row": "i32"}
-        found.append(_entry("round_rows", arguments, {"BLOCK": 1024}, [], 4, 1))
+        found.append(launch_entry("round_rows", arguments, {"BLOCK": 1024}, [], 4, 1))
     common = x | weight | ends | dict.fromkeys(sizes, "i32") | {"x_row": "i32"} | strides
-    found.append(_entry("vector", common, {"BLOCK_N": 16}, ["M", "N"], 4, spec.num_stages))
+    found.append(launch_entry("vector", common, {"BLOCK_N": 16}, ["M", "N"], 4, spec.num_stages))
     tile = {"BLOCK_M": spec.block_m, "BLOCK_N": spec.block_n, "PARTIAL": False}
     common |= {"splits": "i32"}
-    found.append(_entry("tiles", common, tile, ["M", "N", "splits"], spec.num_warps, spec.num_stages))
+    found.append(launch_entry("tiles", common, tile, ["M", "N", "splits"], spec.num_warps, spec.num_stages))
     split = {"BLOCK_M": FEW, "BLOCK_N": few_rows(spec), "PARTIAL": True}
     sums = common | {"out": "*fp32"}
-    found.append(_entry("tiles", sums, split, ["M", "N", "splits"], 4, spec.num_stages))
+    found.append(launch_entry("tiles", sums, split, ["M", "N", "splits"], 4, spec.num_stages))
     merge = {"sums": "*fp32"} | ends | {"M": "i32", "N": "i32"} | strides | {"splits": "i32"}
-    found.append(_entry("merge", merge, {"BLOCK": 512}, ["M", "N", "splits"], 4, 1))
+    found.append(launch_entry("merge", merge, {"BLOCK": 512}, ["M", "N", "splits"], 4, 1))
     return found
 
 
-def _entry(
+def launch_entry(
     kernel: str,
     arguments: dict[str, str],
     constants: dict[str, Any],
@@ -181,6 +181,7 @@ def _entry(
     num_warps: int,
     num_stages: int,
 ) -> dict[str, Any]:
+    """A row of the text's ``COMPILE``. constants: those of a launch that are no arguments' types."""
     return {
         "kernel": kernel,
         "signature": arguments | dict.fromkeys(constants, "constexpr"),

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ...codegen.quantized_embedding import QuantizedEmbeddingSpec
 from ...codegen.weight_format import parse_weight_format
-from . import quantized_weight
-from .registry import Tolerance, canonical, reference_only
+from .. import fast_call
+from ..errors import BadArgument, UnsupportedKernel
+from ..load import load
+from . import quantized_triton, quantized_weight
+from .native import DTYPE_NAMES
+from .registry import LIBRARY, Tolerance, canonical
 
 
 def reference(
@@ -44,8 +52,93 @@ def _composite(
     dtype: torch.dtype,
     target: str = "reference",
 ) -> Tensor:
-    reference_only("quantized_embedding", target)
-    return reference(ids, codes, scale, zero, rows=rows, columns=columns, format=format, dtype=dtype)
+    if target == "reference":
+        return reference(ids, codes, scale, zero, rows=rows, columns=columns, format=format, dtype=dtype)
+    return torch.ops.tilewright.quantized_embedding_forward(
+        ids, codes, scale, zero, rows, columns, format, dtype, target
+    )
+
+
+def spec(
+    ids: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    rows: int,
+    columns: int,
+    format: str,
+    dtype: torch.dtype,
+    target: str = "cpp",
+) -> QuantizedEmbeddingSpec:
+    """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none."""
+    fmt = parse_weight_format(format)
+    tensors = {"ids": ids, "codes": codes, "scale": scale, "zero": zero}
+    if target in quantized_triton.DEVICES:
+        quantized_triton.check("quantized_embedding", target, fmt, **tensors)
+    elif target != "cpp" or any(t is not None and t.device.type != "cpu" for t in tensors.values()):
+        raise UnsupportedKernel(f"quantized_embedding has no kernel for target {target!r} on {codes.device}")
+    elif fmt.kind != "int":
+        raise UnsupportedKernel(f"quantized_embedding: native kernels have no {fmt.kind} weights")
+    if dtype not in DTYPE_NAMES:
+        found = str(dtype).removeprefix("torch.")
+        raise UnsupportedKernel(f"quantized_embedding kernels give float32, bfloat16 and float16, not {found}")
+    return QuantizedEmbeddingSpec(
+        DTYPE_NAMES[dtype], fmt.bits, fmt.group, fmt.zero, fmt.scales, fmt.layout, weights=fmt.kind
+    )
+
+
+LIBRARY.define(
+    "quantized_embedding_forward(Tensor ids, Tensor codes, Tensor scale, Tensor? zero, int rows, int columns, "
+    "str format, ScalarType dtype, str target) -> Tensor"
+)
+
+
+def _launch(
+    ids: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    rows: int,
+    columns: int,
+    format: str,
+    dtype: torch.dtype,
+    target: str,
+) -> Callable[..., Tensor]:
+    chosen = spec(ids, codes, scale, zero, rows=rows, columns=columns, format=format, dtype=dtype, target=target)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise BadArgument(f"quantized_embedding: ids are {ids.dtype}, but must be integers")
+    wanted = parse_weight_format(format).shapes(rows, columns)
+    found = {"codes": codes, "scale": scale} | ({} if zero is None else {"zero": zero})
+    given = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in found.items()}
+    if given != wanted:
+        raise BadArgument(f"quantized_embedding: a table ({rows}, {columns}) of {format} has {wanted}, not {given}")
+    launch = load(chosen, target).launch
+
+    def run(*arguments: Any) -> Tensor:
+        # Not the launcher itself: it looks at what the kernel found, which a plan (see fast_call) would not repeat.
+        out: Tensor = launch(*arguments)
+        return out
+
+    return run
+
+
+fast_call.implement("quantized_embedding_forward", _launch, passes=("ids", "codes", "scale", "zero", "rows", "columns"))
+
+
+@torch.library.register_fake("tilewright::quantized_embedding_forward", lib=LIBRARY)
+def _fake(
+    ids: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    rows: int,
+    columns: int,
+    format: str,
+    dtype: torch.dtype,
+    target: str,
+) -> Tensor:
+    return scale.new_empty((*ids.shape, columns), dtype=dtype)
 
 
 # A product and a sum in float32, then one rounding.
@@ -60,4 +153,5 @@ op = canonical(
         torch.bfloat16: Tolerance(2.0**-24, 2.0**-8),
         torch.float16: Tolerance(2.0**-24, 2.0**-10),
     },
+    spec=spec,
 )
