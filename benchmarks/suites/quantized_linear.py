@@ -2,8 +2,8 @@
 
 A call of few rows goes through copies of the weight that together do not fit the caches, as the layers of a model do;
 what its bytes say is codes and scales. Formats are written as ``w4-32``: bits, columns a scale (``row``: one a row),
-and ``a8`` where each token is rounded to 8-bit integers first. Peers that round weights in their own way are held to the
-float weight, loosely: these rows are about speed.
+and ``a8`` where each token is rounded to 8-bit integers first. Peers that round weights in their own way are held to
+the float weight, loosely: these rows are about speed.
 """
 
 from __future__ import annotations
