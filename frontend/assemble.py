@@ -42,6 +42,8 @@ def assemble(
         report.seconds[name] = report.seconds.get(name, 0.0) + value
     for record in records:
         _add(report, record)
+    if records and any(record.weights.get("before") for record in records):
+        report.weights = {when: max(record.weights.get(when, 0) for record in records) for when in ("before", "after")}
     capture.graphs = len(records)
     capture.nodes = sum(len(record.captured.graph.nodes) for record in records)
     return report

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,12 +20,15 @@ from ..runtime import kv_cache_file, memory
 from ..runtime.errors import BadArgument, CacheFull, CacheMismatch, NotADecoder
 from ..runtime.kv_cache import AnySite, KVState
 from .capture import untouched
-from .decode_form import DecodeForm
+from .decode_form import DecodeCall, DecodeForm
 from .decoder_cache import DecoderCache, cache_class
 from .exported import ExportedProgram
 from .inputs import describe_inputs
 from .lift_cache import Lifted, lift, why_not_token_by_token
 from .options import Options
+
+if TYPE_CHECKING:
+    from .decoder_file import StoredProgram
 
 PROPERTY = "kv-cache"
 MEASURED = 1024
@@ -50,12 +53,13 @@ class CacheOwner:
     def __init__(self, sites: tuple[AnySite, ...], max_length: int, module: torch.fx.GraphModule) -> None:
         self.sites = sites
         self.max_length = max_length
-        self._module = module
+        self.module = module
 
     def fingerprint(self) -> str:
         """Of the weights and of how the cache is kept: tells a file of another model's cache. Samples large tensors."""
         digest = hashlib.sha256(repr(self.sites).encode())
-        for name, tensor in sorted((*self._module.named_parameters(), *self._module.named_buffers())):
+        held = (self.module.named_parameters(remove_duplicate=False), self.module.named_buffers(remove_duplicate=False))
+        for name, tensor in sorted((*held[0], *held[1]), key=lambda pair: pair[0]):
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -67,12 +71,22 @@ class CachedProgram:
     """One exported graph with its cache lifted out, made callable."""
 
     def __init__(
-        self, program: ExportedProgram, form: DecodeForm, lifted: Lifted, options: Options, owner: CacheOwner | None
+        self,
+        program: ExportedProgram | StoredProgram,
+        form: DecodeForm,
+        lifted: Lifted,
+        options: Options,
+        owner: CacheOwner | None = None,
+        max_length: int | None = None,
+        table: int | None = None,
     ) -> None:
+        """max_length, table: of a decoder whose passes and graph metadata are gone."""
         self.program, self.form, self.lifted = program, form, lifted
-        found = cache_pass(options.passes)
-        assert found is not None
-        self.owner = CacheOwner(lifted.sites, getattr(found, "max_length", UNLIMITED), lifted.module)
+        self.whole = program if isinstance(program, ExportedProgram) else None
+        """The graph without a cache, which gradients go through; None where only the decoding graph is left."""
+        if max_length is None:
+            max_length = getattr(cache_pass(options.passes), "max_length", UNLIMITED)
+        self.owner = CacheOwner(lifted.sites, max_length, lifted.module)
         if owner is not None and owner.sites == self.owner.sites:
             self.owner = owner  # the same weights in another mode: caches go on
         self.device = torch.device(next((one.device for one in program.inputs if one.device), "cpu"))
@@ -82,7 +96,7 @@ class CachedProgram:
             self.run = lifted.module
         if options.memory == "pool":
             self.run = memory.pooled(self.run)
-        self.table = table_end(lifted.module)
+        self.table = table_end(lifted.module) if self.whole is not None else table
         self.turns_keys = any(site.layout.rotate for site in lifted.sites)
         self._last = torch.zeros(1, dtype=torch.int64, device=self.device)
 
@@ -106,7 +120,8 @@ class CachedProgram:
         """A few tokens, in chunks and one by one, must give what the whole graph gives for them at once."""
         named = self.form.example(self.program.model, self.device)
         ids = named[self.form.tokens]
-        whole = run_graph(self.program.record.lowered, self.program.flatten((), named))
+        assert self.whole is not None
+        whole = run_graph(self.whole.record.lowered, self.whole.flatten((), named))
         want = next(t for t in pytree.tree_leaves(whole) if isinstance(t, Tensor) and t.is_floating_point())
         for rows, chunks in ((len(ids), (ids.shape[1] - 3, 1, 2)), (1, (ids.shape[1] - 1, 1))):
             state, got = self.new_state(rows, ids.shape[1]), []
@@ -171,8 +186,10 @@ class CachedProgram:
         call = self.form.read(args, kwargs)
         cache = self._cache_of(call.cache)
         plain = call.use_cache is False or (call.use_cache is None and self.program.model.training)
-        if call.loss or (plain and cache is None and torch.is_grad_enabled()):
-            return self._whole(call)
+        if call.loss and cache is not None and cache.get_seq_length():
+            raise BadArgument("a loss is computed on whole sequences: give labels without past_key_values")
+        if self.whole is not None and (call.loss or (plain and cache is None and torch.is_grad_enabled())):
+            return self._whole(self.whole, call)
         ids = call.tensors[self.form.tokens]
         batch, count = ids.shape
         keep = call.use_cache is not False or cache is not None
@@ -201,7 +218,7 @@ class CachedProgram:
             raise
         if fresh and cache is not None:
             cache.state = state
-        return self._output(flat, cache if keep else None, call.return_dict)
+        return self._output(flat, cache if keep else None, call)
 
     def _step(self, tensors: Mapping[str, Any], state: KVState, count: int, run: Any) -> Any:
         inputs = [tensors[name] for name in self.lifted.inputs]
@@ -213,19 +230,19 @@ class CachedProgram:
         state.advance(count)
         return flat
 
-    def _output(self, flat: Any, cache: DecoderCache | None, return_dict: bool | None) -> Any:
+    def _output(self, flat: Any, cache: DecoderCache | None, call: DecodeCall) -> Any:
         out = pytree.tree_unflatten(list(flat), self.program.captured.out_spec)
         if cache is not None and isinstance(out, dict):
             out["past_key_values"] = cache
-        if return_dict is False and hasattr(out, "to_tuple"):
+        if call.loss:
+            out = self.form.with_loss(self.program.model, out, call)
+        if call.return_dict is False and hasattr(out, "to_tuple"):
             return out.to_tuple()
         return out
 
-    def _whole(self, call: Any) -> Any:
+    def _whole(self, program: ExportedProgram, call: DecodeCall) -> Any:
         """Without any cache, through the graph that gradients go through."""
-        if call.cache is not None and call.cache.get_seq_length():
-            raise BadArgument("a loss is computed on whole sequences: give labels without past_key_values")
-        out = self.program(**self.form.complete(call.tensors, call.keep))
+        out = program(**self.form.complete(call.tensors, call.keep))
         if call.loss:
             out = self.form.with_loss(self.program.model, out, call)
         return out.to_tuple() if call.return_dict is False and hasattr(out, "to_tuple") else out
@@ -311,7 +328,7 @@ class CachedProgram:
         """What the model takes for positions when it is given none: int64 (B, L) or (L,)."""
         index = torch.arange(state.tokens, state.tokens + count, device=self.device)
         padded = state.padded or (first is not state.first and bool((first > 0).any()))
-        if not padded or not (self.turns_keys or self._skips_padding):
+        if not padded or not (self.turns_keys or self.skips_padding):
             return index
         return (index - first[:, None].to(torch.int64)).clamp_min(0)
 
@@ -321,7 +338,7 @@ class CachedProgram:
         return bool(((given == from_first) | (from_first < 0)).all())
 
     @functools.cached_property
-    def _skips_padding(self) -> bool:
+    def skips_padding(self) -> bool:
         """Whether the model leaves padding out when it counts positions itself. Asked of the model, once."""
         if self.form.extra:
             return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch.fx
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ..runtime.errors import BadArgument, TilewrightError
-from . import assemble
+from . import assemble, constants
 from .backend import GraphProgram, compile_graph, require_changes
 from .bisection import Contribution, measure
 from .cached_program import CachedProgram
@@ -25,10 +24,13 @@ from .decode_form import DecodeForm
 from .decoder_cache import DecoderCache
 from .exported import ExportedProgram
 from .inputs import by_name
+from .loaded import LoadedModule
 from .lower import KernelUse
 from .options import Options
 from .pipeline import GraphRecord
 from .report import CaptureReport, ModelError, Report
+from .save import program_of
+from .shell import KEPT, generate, shell_of
 
 
 class CompiledModule(torch.nn.Module):
@@ -62,6 +64,8 @@ class CompiledModule(torch.nn.Module):
         self._dynamo_forward: Any = None
         self._form: DecodeForm | None = None
         self._decoders: dict[tuple[Any, ...], CachedProgram] = {}
+        self.stored: LoadedModule | None = None
+        """What runs after :meth:`release`."""
         self.forward = _same_signature(self._call, model)
         if callable(getattr(type(model), "generate", None)):
             self.generate = self._generate
@@ -69,6 +73,7 @@ class CompiledModule(torch.nn.Module):
     @property
     def original_model(self) -> torch.nn.Module:
         """The user's module."""
+        self._refuse_released("there is no original model")
         return self._orig_mod
 
     @property
@@ -76,28 +81,63 @@ class CompiledModule(torch.nn.Module):
         """Whether a pass put a KV cache into the module, so that calls take and give ``past_key_values``."""
         return self._form is not None
 
+    # Memory.
+
+    def release(self) -> CompiledModule:
+        """Let go of the model and of all graphs but the one that runs; returns this module.
+
+        Float weights that passes replaced are freed as soon as nobody else holds the model either: ``del model``
+        too. What is left is what :func:`tilewright.save` writes: calls, ``generate``, caches, ``report``, ``kernels``
+        and ``dump`` (of the lowered graph) go on; ``bisect``, ``tune``, another mode (``train()``) and gradients
+        through a KV cache need the model and say so.
+
+        Raises :class:`~tilewright.runtime.errors.BadArgument` for a module captured by Dynamo, which reads its
+        weights from the model, and for an encoder-decoder with a KV cache, whose encoder is the model's own.
+        """
+        if self.stored is not None:
+            return self
+        if self.door != "export":
+            raise BadArgument(
+                "a module captured by Dynamo reads its weights from the model: give compile() example inputs to "
+                "release the model"
+            )
+        if isinstance(self._form, CrossForm):
+            raise BadArgument("the encoder of an encoder-decoder runs as the model's own module: it cannot be released")
+        decoder, program = self.decoder(), self._program()
+        stored = LoadedModule(program_of(self), decoder.run if decoder is not None else program.run)
+        shell = shell_of(self._orig_mod)
+        self._exported, self._decoders, self._programs = {}, {}, []
+        self._example, self._calibration, self._tuned, self._dynamo_forward = None, (), {}, None
+        self._orig_mod = self._part = shell
+        self.stored = stored
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return stored(*args, **kwargs)
+
+        forward.__signature__ = stored.program.call.signature  # type: ignore[attr-defined]
+        self.forward = forward
+        constants.give_memory_back()
+        return self
+
+    def _refuse_released(self, what: str) -> None:
+        if self.stored is not None:
+            raise BadArgument(f"{what}: release() let go of the model and of the graphs before lowering; compile again")
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """As for any module; after :meth:`release` only the mode that was compiled is left."""
+        if self.stored is not None:
+            self.stored.train(mode)
+        return super().train(mode)
+
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``, its steps going through the compiled forward."""
-        model = self._orig_mod
-        own: dict[str, Any] = {"forward": self.forward}
-        if self._form is not None:
-            if len(args) > 1:  # generate(inputs, generation_config, ...)
-                kwargs = {"generation_config": args[1]} | kwargs
-                args = (args[0], kwargs["generation_config"], *args[2:])
-            defaults = getattr(model, "generation_config", None)
-            kwargs = self._decoder().for_generate(kwargs, getattr(defaults, "use_cache", None))
-            if len(args) > 1:
-                kwargs.pop("generation_config")
-            if getattr(defaults, "cache_implementation", None) is not None:
-                # A kind of cache that the model asks for by default: it has ours.
-                own["generation_config"] = copy.copy(defaults)
-                own["generation_config"].cache_implementation = None
-        # generate() looks helpers up on type(self), so it needs an object of the model's class: one that shares
-        # everything with the model but its forward.
-        shell: Any = object.__new__(type(model))
-        shell.__dict__.update(model.__dict__)
-        shell.__dict__.update(own)
-        return shell.generate(*args, **kwargs)
+        if self.stored is not None and self.stored.decodes:
+            return self.stored.generate(*args, **kwargs)
+        return generate(self._orig_mod, self.forward, self.decoder(), args, kwargs)
+
+    def decoder(self) -> CachedProgram | None:
+        """The program with a cache of the mode we are in; None without a cache."""
+        return self._decoder() if self._form is not None else None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -105,14 +145,20 @@ class CompiledModule(torch.nn.Module):
         except AttributeError:
             if name == "_orig_mod":
                 raise
+            if self.__dict__["_modules"].get("stored") is not None and name not in _SHELL:
+                raise AttributeError(f"{name!r}: release() let go of the model, which had it") from None
             return getattr(super().__getattr__("_orig_mod"), name)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's state dict, with the model's own keys."""
+        """The model's state dict, with the model's own keys; after :meth:`release` that of the lowered graph."""
+        if self.stored is not None:
+            return self.stored.state_dict(*args, **kwargs)
         return self._orig_mod.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load into the model's own weights, which are this module's too."""
+        if self.stored is not None:
+            return self.stored.load_state_dict(*args, **kwargs)
         return self._orig_mod.load_state_dict(*args, **kwargs)
 
     # Door one.
@@ -162,6 +208,8 @@ class CompiledModule(torch.nn.Module):
         """
         if self._form is None:
             raise BadArgument("this module has no KV cache: compile with passes=[KVCache(max_length=...)]")
+        if self.stored is not None:
+            return self.stored.new_cache(path)
         return self._decoder().new_cache(path)
 
     def _program(self) -> ExportedProgram:
@@ -180,11 +228,13 @@ class CompiledModule(torch.nn.Module):
     # What ``tilewright.tune`` needs.
 
     def exported_program(self) -> ExportedProgram:
-        """The graph of the model's current mode. Only behind door ``"export"``."""
+        """The graph of the model's current mode. Only behind door ``"export"``, and before :meth:`release`."""
+        self._refuse_released("there is no graph to work on")
         return self._program()
 
     def example_call(self) -> tuple[dict[str, Any], Sequence[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """The example inputs by name, and the calibration batches."""
+        self._refuse_released("there are no example inputs")
         assert self._example is not None
         bound = inspect.signature(self._part.forward).bind(*self._example[0], **self._example[1])
         return by_name(bound), self._calibration
@@ -236,7 +286,9 @@ class CompiledModule(torch.nn.Module):
 
     @property
     def records(self) -> list[GraphRecord]:
-        """One per captured graph, in the order they were captured."""
+        """One per captured graph, in the order they were captured; after :meth:`release` only what runs."""
+        if self.stored is not None:
+            return self.stored.records  # type: ignore[return-value]
         if self.door == "export":
             return [program.record for program in self._exported.values()]
         return [program.record for program in self._programs]
@@ -244,11 +296,15 @@ class CompiledModule(torch.nn.Module):
     @property
     def kernels(self) -> list[KernelUse]:
         """The kernels in use: spec, source text, site, target."""
+        if self.stored is not None:
+            return self.stored.kernels
         return [use for record in self.records for use in record.kernels]
 
     @property
     def report(self) -> Report:
         """What was done so far. Through Dynamo, a graph is added when a call needs one."""
+        if self.stored is not None:
+            return self.stored.report
         capture = CaptureReport(
             door=self.door, graph_breaks=list(self._breaks.found), fallback_reason=self.fallback_reason
         )
@@ -278,6 +334,7 @@ class CompiledModule(torch.nn.Module):
         Each site is rewritten alone and the model's outputs compared with the original ones, so the figures show
         what a site does by itself; they need not add up to the error of all together.
         """
+        self._refuse_released("there is no original graph to compare with")
         found: list[Contribution] = []
         for record, inputs in self._graph_inputs(args, kwargs):
             found += measure(record, inputs)
@@ -300,6 +357,9 @@ class CompiledModule(torch.nn.Module):
             yield
         finally:
             self._listeners.remove(listener)
+
+
+_SHELL = frozenset(KEPT)
 
 
 def _write_buffers(record: GraphRecord, values: Mapping[str, torch.Tensor]) -> None:

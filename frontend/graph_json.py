@@ -54,6 +54,8 @@ _MEMORY_FORMATS = {
     str(f): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 _LAYOUTS = {str(layout): layout for layout in (torch.strided,)}
+# What a decoder with a KV cache runs: they write to the stores among their own inputs, and nowhere else.
+STEPS = frozenset({"cached_attention_step", "streaming_attention_step"})
 _ATTRIBUTE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
@@ -229,7 +231,11 @@ def find_target(name: str) -> Callable[..., Any]:
         return FUNCTIONS[name]
     parts = name.split(".")
     known = len(parts) == 3 and parts[0] in NAMESPACES and all(part.isidentifier() for part in parts)
-    if not known or parts[1] in FORBIDDEN or (parts[0] == "tilewright" and parts[1] not in OPS | HELPERS):
+    if (
+        not known
+        or parts[1] in FORBIDDEN
+        or (parts[0] == "tilewright" and parts[1] not in STEPS | OPS.keys() | HELPERS.keys())
+    ):
         raise SaveError(f"the file calls {name!r}, which is not among the operators a saved graph may call")
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     overload = getattr(packet, parts[2], None) if packet is not None else None

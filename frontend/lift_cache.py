@@ -21,6 +21,7 @@ from ..runtime.kv_cache import AnySite, CacheSite
 from ..runtime.ops import OPS
 from ..runtime.streaming_site import StreamingSite
 from .capture import copy_module
+from .constants import drop_unread
 from .count_positions import follow_cache
 
 Node = torch.fx.Node
@@ -98,6 +99,7 @@ def lift(
             f"{mask} is read by more than the attention ({next(iter(placeholders[mask].users))}), as when positions "
             "are counted from it: a cached call has no such mask, so the model needs position_ids as an input"
         )
+    drop_unread(module)
     graph.lint()
     module.recompile()
     return Lifted(module, tuple(left), tuple(sites), paged)

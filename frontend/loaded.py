@@ -15,9 +15,14 @@ from ..passes.site import Site
 from ..runtime import announce
 from ..runtime import load as kernels_of
 from ..runtime.errors import BadArgument, BuildError, MissingCompiler, MissingDependency, UnsupportedKernel
+from .cached_program import CachedProgram
+from .decoder_cache import DecoderCache
+from .decoder_file import StoredProgram
 from .inputs import check_inputs
 from .lower import KernelUse, set_target
+from .options import Options
 from .report import Report
+from .shell import generate
 
 if TYPE_CHECKING:
     from .save import Program
@@ -27,11 +32,13 @@ class LoadedModule(torch.nn.Module):
     """What :func:`tilewright.load` returns: called like the model, with its output type.
 
     It has ``report``, ``kernels``, ``records`` (the lowered graph only), ``door``, ``options`` and ``dump`` as a
-    compiled module has, its own parameters (named as in the model, those the graph reads), and no model: what the
-    model offers besides ``forward``, such as ``generate``, is not here.
+    compiled module has, its own parameters (named as in the model, those the graph reads), and no model. Of what the
+    model offers besides ``forward``, a decoder with a KV cache has ``generate``, ``config`` and
+    ``generation_config``, and ``new_cache`` as a compiled one.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, run: Any = None) -> None:
+        """run: what runs the graph already, of a module that is released and not loaded."""
         super().__init__()
         self.training = program.training
         self._saved_training = program.training
@@ -42,13 +49,66 @@ class LoadedModule(torch.nn.Module):
         self.kernels: list[KernelUse] = _open_kernels(program)
         self.report: Report = program.report
         self.records = [SimpleNamespace(index=0, lowered=self.lowered, kernels=self.kernels, example_values=None)]
-        if program.options.get("rest") == "eager":
-            self._run: Any = self.lowered
+        self._run: Any = None
+        self._decoder: CachedProgram | None = None
+        if program.decoding is not None:
+            stored = StoredProgram(program.decoding.model, program.inputs, program.out_spec)
+            rest, memory = program.options.get("rest", "inductor"), program.options.get("memory", "system")
+            self._decoder = program.decoding.program(
+                stored, self.lowered, Options.make((), "auto", rest, memory=memory)
+            )
+            if run is not None:
+                self._decoder.run = run
+        elif run is not None or program.options.get("rest") == "eager":
+            self._run = self.lowered if run is None else run
         else:
             self._run = torch.compile(self.lowered, dynamic=True if program.dynamic else None, fullgraph=True)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the module has a KV cache, so that calls take and give ``past_key_values``."""
+        return self._decoder is not None
+
+    @property
+    def config(self) -> Any:
+        """The model's config. Only of a decoder with a KV cache."""
+        return self._shell().config
+
+    @property
+    def generation_config(self) -> Any:
+        """The model's generation config. Only of a decoder with a KV cache."""
+        return self._shell().generation_config
+
+    def _shell(self) -> Any:
+        if self.program.decoding is None:
+            raise AttributeError(
+                f"{type(self).__name__} holds a graph, not the model: only decoders with a KV cache keep their config"
+            )
+        return self.program.decoding.model
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate`` of transformers, its steps going through this module and its KV cache."""
+        if self._decoder is None:
+            raise BadArgument("generate needs a module with a KV cache: compile with passes=[KVCache(max_length=...)]")
+        floats = (t for t in self.lowered.state_dict().values() if t.is_floating_point())
+        stand_in = next(floats, torch.empty(0, device=self._decoder.device))
+
+        def forward(*inner: Any, **named: Any) -> Any:
+            return self(*inner, **named)
+
+        forward.__signature__ = self.program.call.signature  # type: ignore[attr-defined]
+        return generate(self._shell(), forward, self._decoder, args, kwargs, stand_in)
+
+    def new_cache(self, path: str | Path | None = None) -> DecoderCache:
+        """As :meth:`CompiledModule.new_cache`; files of the compilation that was saved can be read."""
+        if self._decoder is None:
+            raise BadArgument("this module has no KV cache: compile with passes=[KVCache(max_length=...)]")
+        return self._decoder.new_cache(path)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises :class:`~tilewright.runtime.errors.BadArgument` for a call the graph was not captured for."""
+        if self._decoder is not None:
+            return self._decoder(*args, **kwargs)
         flat = self.program.call.flatten(args, kwargs, self.program.in_spec)
         check_inputs(flat, self.program.inputs)
         return pytree.tree_unflatten(list(self._run(*flat)), self.program.out_spec)
@@ -58,7 +118,8 @@ class LoadedModule(torch.nn.Module):
         if mode != self._saved_training:
             saved, other = ("train", "eval") if self._saved_training else ("eval", "train")
             raise BadArgument(
-                f"the file holds the graph of {saved}() mode: compile and save the model in {other}() mode"
+                f"what was kept is the graph of {saved}() mode, and the model is not here: compile the model in "
+                f"{other}() mode"
             )
         return super().train(mode)
 
@@ -76,9 +137,9 @@ class LoadedModule(torch.nn.Module):
         return dump(self, folder, overwrite=overwrite)
 
     def bisect(self, *args: Any, **kwargs: Any) -> Any:
-        """A file holds no graph from before the passes, so there is nothing to compare with."""
+        """There is no graph from before the passes, so nothing to compare with."""
         raise BadArgument(
-            "a loaded module has no original graph to compare with: bisect the compiled model it came from"
+            "a loaded or released module has no original graph to compare with: bisect the compiled model it came from"
         )
 
     @property

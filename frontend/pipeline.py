@@ -16,6 +16,7 @@ from ..passes.manager import PassRun, run_pass, validate
 from ..passes.metrics import combine, tensor_error
 from ..passes.site import Site
 from .capture import copy_module
+from .constants import drop_unread, weight_bytes
 from .lower import KernelUse, ReferenceUse, lower, retarget
 from .options import Options
 from .progress import pass_progress
@@ -28,6 +29,7 @@ class GraphRecord:
 
     captured, raised, rewritten, lowered: the graph after each stage; they share parameters.
     runs: one per pass, in the order they ran. example_values: flat inputs the graph was validated on, or None.
+    weights: bytes of the tensors that the captured and the lowered graph read.
     outputs_before, outputs_after: flat tensors the captured and the lowered graph give for them.
     """
 
@@ -45,6 +47,7 @@ class GraphRecord:
     outputs_before: Any = None
     outputs_after: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[Site]:
@@ -97,7 +100,9 @@ def process(
     lowered = copy_module(rewritten)
     with watch.stage("build"):
         kernels, references = lower(lowered, options.target, options.rest)
+    drop_unread(lowered)
     record = GraphRecord(index, captured, raised, rewritten, lowered, raising, runs, kernels, references)
+    record.weights = {"before": weight_bytes(captured), "after": weight_bytes(lowered)}
     if options.validate and example_values is not None:
         record.example_values = list(example_values)
         with watch.stage("validate"):

@@ -223,6 +223,9 @@ class Report:
     cache: dict[str, float] = field(default_factory=dict)
     """Of a module with a KV cache: ``sites``, ``tokens`` (room for), ``bytes_per_token`` and ``fixed_bytes`` as
     allocated for one sequence; empty for other modules."""
+    weights: dict[str, int] = field(default_factory=dict)
+    """Bytes of the tensors that the graphs read, ``before`` (as captured) and ``after`` (as they run). Through Dynamo
+    the model's parameters are inputs of its graphs and do not count."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able data, the same keys whatever happened.
@@ -268,6 +271,7 @@ class Report:
             list(data.get("warnings", [])),
             data.get("model", ""),
             dict(data.get("cache", {})),
+            dict(data.get("weights", {})),
         )
 
     def __rich__(self) -> Any:

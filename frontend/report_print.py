@@ -119,6 +119,8 @@ def renderable(report: Report) -> RenderableType:
     parts.append(_model_error(report))
     if report.cache:
         parts.append(Text(cache_line(report.cache)))
+    if line := weights_line(report.weights):
+        parts.append(Text(line))
     parts += _kernels(report)
     parts += _raising(report)
     parts += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
@@ -134,6 +136,14 @@ def cache_line(cache: Mapping[str, float]) -> str:
     if cache["tokens"] >= 2**31 - 1:
         return f"{line}, for text of any length"
     return f"{line}, room for {cache['tokens']:,.10g} tokens a sequence"
+
+
+def weights_line(weights: Mapping[str, int]) -> str:
+    """What the weights take before and after, in a line; empty where nothing changed."""
+    before, after = weights.get("before", 0), weights.get("after", 0)
+    if not before or before == after:
+        return ""
+    return f"weights: {after / 1e6:,.1f} MB, {before / 1e6:,.1f} MB as captured"
 
 
 def _header(report: Report) -> Text:
@@ -224,7 +234,8 @@ def pass_facts(one: Any) -> list[str]:
         name = key.replace("_", " ")
         if isinstance(item, Mapping):
             sizes = key.endswith("_bytes")
-            parts = [f"{k} {v / 1e6:.1f} MB" if sizes else f"{k} {_brief(v)}" for k, v in item.items()]
+            kept = {k: v for k, v in item.items() if not sizes or v >= 5e4}
+            parts = [f"{k} {v / 1e6:.1f} MB" if sizes else f"{k} {_brief(v)}" for k, v in kept.items()]
             item = ", ".join(parts[:4])
             name = name.removesuffix(" bytes")
             found += [f"{name}: {item}"] if item else []

@@ -32,16 +32,20 @@ from safetensors import SafetensorError
 
 from ..codegen.spec import KernelSpec, SpecError
 from ..runtime.errors import SaveError
+from .cross_cache import CrossProgram
+from .decoder_file import Decoding, step_names
 from .graph_json import graph_from_json, graph_to_json
 from .inputs import CallForm, Input
 from .report import Report, json_safe
+from .weights_file import read_tensors
 
 if TYPE_CHECKING:
     from .compiled import CompiledModule
     from .loaded import LoadedModule
 
 FORMAT = 1
-_MEMBERS = ("meta.json", "graph.json", "weights.safetensors", "report.json")
+_WEIGHTS = "weights.safetensors"
+_MEMBERS = ("meta.json", "graph.json", _WEIGHTS, "report.json")
 # Containers a saved signature may be made of. Others would let a file choose what to import.
 _CONTAINERS = frozenset({"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
 _TRUSTED_PACKAGE = "transformers"
@@ -56,6 +60,7 @@ class Program:
     kernels: per kernel ``{"site", "op", "node", "target", "spec"}``, ``site`` the fields of a ``Site``, ``spec`` a
     :class:`KernelSpec`. options: ``target``, ``rest`` and ``passes`` (name and options) of the compilation.
     training: whether the model was in training mode. moved: whether loading put it on another device.
+    decoding: of a module with a KV cache; ``lowered`` then takes the inputs that it names.
     """
 
     lowered: torch.fx.GraphModule
@@ -69,13 +74,15 @@ class Program:
     options: dict[str, Any] = field(default_factory=dict)
     training: bool = False
     moved: bool = False
+    decoding: Decoding | None = None
 
 
 def save(compiled: CompiledModule | LoadedModule, path: str | os.PathLike[str]) -> Path:
     """Write a compiled module to ``path`` (any name; ``.tilewright`` is customary) and return the path.
 
     An existing file is replaced once the new one is complete. Only modules captured whole, from example inputs, can
-    be saved; the graph of the module's current mode (training or not) is.
+    be saved; the graph of the module's current mode (training or not) is. A decoder with a KV cache is saved with its
+    config and generation config, as transformers' JSON.
     Raises :class:`~tilewright.runtime.errors.SaveError` with the remedy.
     """
     return write_program(_program_of(compiled), path)
@@ -98,6 +105,8 @@ def _program_of(compiled: CompiledModule | LoadedModule) -> Program:
     from .compiled import CompiledModule
     from .loaded import LoadedModule
 
+    if isinstance(compiled, CompiledModule) and compiled.stored is not None:
+        return compiled.stored.program
     if isinstance(compiled, LoadedModule):
         return compiled.program
     if not isinstance(compiled, CompiledModule):
@@ -110,31 +119,51 @@ def _program_of(compiled: CompiledModule | LoadedModule) -> Program:
             "only a model captured whole by torch.export can be saved, and this one was captured by Dynamo"
             + (f" because {why}" if why else ": give compile() example_inputs or example_kwargs")
         )
-    if compiled.decodes:
-        raise SaveError(
-            "a module with a KV cache cannot be saved yet: save the model and compile it again, or save the same "
-            "compilation without the passes on its cache"
-        )
-    program = compiled._program()
-    captured = program.captured
+    return program_of(compiled)
+
+
+def program_of(compiled: CompiledModule) -> Program:
+    """What runs of a compiled module, with nothing of the model and the graphs before lowering."""
+    program = compiled.exported_program()
+    captured, lowered = program.captured, program.record.lowered
+    names = {node.name: node.name for node in lowered.graph.nodes}
+    decoding = None
+    if (decoder := compiled.decoder()) is not None:
+        if isinstance(decoder, CrossProgram):
+            raise SaveError(
+                "an encoder-decoder with a KV cache cannot be saved: its encoder runs as the model's own module; save "
+                "the model and compile it again"
+            )
+        names = step_names(lowered, decoder.lifted.module)
+        decoding, lowered = Decoding.of(decoder), decoder.lifted.module
+    rows = [
+        {
+            "site": list(dataclasses.astuple(u.site)),
+            "op": u.op,
+            "node": names[u.node],
+            "target": u.target,
+            "spec": u.spec,
+        }
+        for u in program.record.kernels
+        if u.node in names
+    ]
     return Program(
-        program.record.lowered,
+        lowered,
         captured.in_spec,
         captured.out_spec,
         program.call,
         program.inputs,
         compiled.report,
         captured.dynamic,
-        [
-            {"site": list(dataclasses.astuple(u.site)), "op": u.op, "node": u.node, "target": u.target, "spec": u.spec}
-            for u in program.record.kernels
-        ],
+        rows,
         {
             "target": compiled.options.target,
             "rest": compiled.options.rest,
+            "memory": compiled.options.memory,
             "passes": [{"name": one.name, "options": one.options()} for one in compiled.options.passes],
         },
         compiled.training,
+        decoding=decoding,
     )
 
 
@@ -161,6 +190,7 @@ def write_program(program: Program, path: str | os.PathLike[str]) -> Path:
         "kernels": [{**kernel, "spec": kernel["spec"].to_dict()} for kernel in program.kernels],
         "options": json_safe(program.options),
         "training": program.training,
+        "decoding": program.decoding.to_json() if program.decoding is not None else None,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
     }
     parts = {"meta.json": json.dumps(meta, allow_nan=False, indent=1).encode(), **parts}
@@ -298,7 +328,7 @@ def _register(spec: Mapping[str, Any]) -> None:
 def read_program(path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> Program:
     """Read ``path``; see :func:`load`."""
     path = Path(path)
-    parts = _read_zip(path)
+    parts, tensors, digest = _read_zip(path)
     meta = _json(parts["meta.json"], path, "meta.json")
     if meta.get("format") != FORMAT:
         written = meta.get("format")
@@ -306,11 +336,12 @@ def read_program(path: str | os.PathLike[str], *, device: str | torch.device | N
             f"{path} has format {written!r} and this version reads {FORMAT}: save it again with this version"
         )
     expected = meta.get("sha256")
+    found = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()} | {_WEIGHTS: digest}
     for name in _MEMBERS[1:]:
-        if not isinstance(expected, dict) or expected.get(name) != hashlib.sha256(parts[name]).hexdigest():
+        if not isinstance(expected, dict) or expected.get(name) != found[name]:
             raise SaveError(f"{path} is damaged: {name} is not what was saved")
     try:
-        attributes = _restore(parts["weights.safetensors"], meta["attributes"], device)
+        attributes = _restore(tensors, meta["attributes"], device)
         rows = _json(parts["graph.json"], path, "graph.json")
         lowered = graph_from_json(_on_device(rows, device), attributes)
         program = Program(
@@ -325,6 +356,7 @@ def read_program(path: str | os.PathLike[str], *, device: str | torch.device | N
             dict(meta["options"]),
             bool(meta["training"]),
             device is not None and any(_type(row["device"]) != _type(device) for row in meta["attributes"].values()),
+            Decoding.from_json(meta["decoding"], bool(meta["training"])) if meta.get("decoding") else None,
         )
         program.call.signature  # noqa: B018 - raises for rows that are no signature
     except SaveError as error:
@@ -333,7 +365,10 @@ def read_program(path: str | os.PathLike[str], *, device: str | torch.device | N
         # Each part was checked by its hash, so a wrong structure means a foreign writer.
         raise SaveError(f"{path} is not a file that Tilewright wrote: {type(error).__name__}: {error}") from error
     inputs = sum(node.op == "placeholder" for node in lowered.graph.nodes)
-    if not inputs == len(program.inputs) == program.in_spec.num_leaves:
+    if program.decoding is not None:
+        if inputs != program.decoding.placeholders():
+            raise SaveError(f"{path}: the graph has {inputs} inputs, its cache needs {program.decoding.placeholders()}")
+    elif not inputs == len(program.inputs) == program.in_spec.num_leaves:
         raise SaveError(f"{path}: the graph has {inputs} inputs, the signature {program.in_spec.num_leaves}")
     return program
 
@@ -347,7 +382,8 @@ def _input(row: Mapping[str, Any], device: str | torch.device | None) -> Input:
     return dataclasses.replace(one, device=_type(device)) if device is not None and one.dtype else one
 
 
-def _read_zip(path: Path) -> dict[str, bytes]:
+def _read_zip(path: Path) -> tuple[dict[str, bytes], dict[str, torch.Tensor], str]:
+    """The members that are small, the weights, and their SHA-256."""
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -355,7 +391,10 @@ def _read_zip(path: Path) -> dict[str, bytes]:
                 raise SaveError(f"{path} is not a saved Tilewright module: it does not hold {', '.join(_MEMBERS)}")
             if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
                 raise SaveError(f"{path} is not a saved Tilewright module: its parts are compressed")
-            return {name: archive.read(name) for name in _MEMBERS}
+            parts = {name: archive.read(name) for name in _MEMBERS if name != _WEIGHTS}
+            with archive.open(_WEIGHTS) as stream:
+                tensors, digest = read_tensors(stream, archive.getinfo(_WEIGHTS).file_size)
+            return parts, tensors, digest
     except OSError as error:
         raise SaveError(f"cannot read {path}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -372,12 +411,10 @@ def _json(data: bytes, path: Path, name: str) -> Any:
         raise SaveError(f"{path} is damaged: {name} is no JSON: {error}") from error
 
 
-def _restore(weights: bytes, rows: Mapping[str, Any], device: str | torch.device | None) -> torch.nn.Module:
+def _restore(
+    tensors: Mapping[str, torch.Tensor], rows: Mapping[str, Any], device: str | torch.device | None
+) -> torch.nn.Module:
     """The attribute tree: parameters and buffers at their dotted names, one object for tied ones."""
-    try:
-        tensors = safetensors.torch.load(weights)
-    except SafetensorError as error:
-        raise SaveError(f"its weights are damaged: {error}") from error
     root = torch.nn.Module()
     made: dict[tuple[str, str], torch.Tensor] = {}
     for name, row in rows.items():
