@@ -19,7 +19,7 @@ from .rounding import WeightSite
 from .rounding.constants import constant, storage
 from .rounding.grid import scales_dtype
 from .site import Site, get_site, name_site, set_site
-from .view import GraphView, arguments, value
+from .view import GraphView, arguments, is_assertion, value
 
 Node = torch.fx.Node
 aten = torch.ops.aten
@@ -265,7 +265,7 @@ def float_bytes(view: GraphView) -> dict[str, int]:
 
 
 def _reader(node: Node) -> str:
-    user = min(node.users)
+    user = min((user for user in node.users if not is_assertion(user)), default=min(node.users))
     return user.target._opname if isinstance(user.target, torch._ops.OpOverload) else str(user.op)
 
 

@@ -29,6 +29,8 @@ from .grid import QuantizedWeight
 from .store import Store
 
 Node = torch.fx.Node
+
+
 @dataclass(frozen=True)
 class WeightSite:
     """One place whose weight is to be rounded.
@@ -154,34 +156,25 @@ class Calibration:
         the graph makes them stale: :meth:`forget`.
         """
         if self._stats is None:
-            self._stats = {}
-            hooks = {site.node: self._hook(site) for site in self.sites.values() if site.linear}
+            stats: dict[str, InputStats] = {}
+            bad: dict[str, str] = {}
+            hooks = {site.node: _hook(site, stats, bad) for site in self.sites.values() if site.linear}
             for done, batch in enumerate(self.batches):
                 self.progress(done, len(self.batches), "looking at activations")
                 run(self.module, batch, hooks)
+                for name, what in bad.items():
+                    raise QuantizationError(
+                        f"its input is {what} on the calibration inputs: look for the cause in the model or in the "
+                        "inputs before quantizing",
+                        site=name,
+                        source=self.sites[name].context.site.source,
+                    )
+            self._stats = stats
         return self._stats
 
     def forget(self) -> None:
         """Take new :meth:`stats` when next asked."""
         self._stats = None
-
-    def _hook(self, site: WeightSite) -> Hook:
-        def see(values: list[Any], result: Any) -> Any:
-            (x,) = values
-            assert self._stats is not None
-            if not bool(torch.isfinite(x.detach().abs().amax()) if x.numel() else True):
-                what = "NaN" if bool(x.isnan().any()) else "infinite"
-                raise QuantizationError(
-                    f"its input is {what} on the calibration inputs: look for the cause in the model or in the inputs "
-                    "before quantizing",
-                    site=site.id,
-                    source=site.context.site.source,
-                )
-            stats = self._stats.setdefault(site.id, InputStats.empty(x.shape[-1], x.device))
-            stats.see(x)
-            return result
-
-        return Hook((site.x,), see)
 
     def check_rows(self, method: str, least: int) -> None:
         """Raise :class:`CalibrationNeeded` when a site saw fewer than ``least`` rows (tokens) of calibration inputs."""
@@ -215,6 +208,20 @@ class Calibration:
             return grid.round_weight(w, one.format, *grid.search_grid(w, one.format, weight, whole=one.whole))
         lower, upper = grid.ranges(w, one.format, whole=one.whole)
         return grid.round_weight(w, one.format, *grid.grid(lower, upper, one.format))
+
+
+def _hook(site: WeightSite, stats: dict[str, InputStats], bad: dict[str, str]) -> Hook:
+    """Adds to the site's statistics; a site whose input is not finite goes into ``bad``."""
+
+    def see(values: list[Any], result: Any) -> Any:
+        (x,) = values
+        if x.numel() and not bool(torch.isfinite(x.detach().abs().amax())):
+            bad.setdefault(site.id, "NaN" if bool(x.isnan().any()) else "infinite")
+        elif not bad:
+            stats.setdefault(site.id, InputStats.empty(x.shape[-1], x.device)).see(x)
+        return result
+
+    return Hook((site.x,), see)
 
 
 @dataclass(frozen=True)

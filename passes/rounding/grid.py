@@ -96,18 +96,23 @@ def ranges(w: Tensor, fmt: WeightFormat, *, whole: bool = False) -> tuple[Tensor
 def grid(lower: Tensor, upper: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor | None]:
     """Scale and zero, in the dtypes that they are kept in, whose levels reach from ``lower`` to ``upper``.
 
-    ``middle`` uses the levels on both sides of zero alike: scale = max(|lower|, |upper|) / (2^(bits - 1) - 1). Where
-    nothing is to be reached the scale is 1.
+    ``middle`` spreads its 2^bits levels over the whole range, scale = max(|lower|, |upper|) / ((2^bits - 1) / 2), as
+    GPTQ and torchao do: no number within is further than half a step from a level, on either side, although zero is a
+    level. Where nothing is to be reached the scale is 1.
     """
     kept: torch.dtype = getattr(torch, fmt.scales)
     if fmt.zero == "middle":
-        most = FLOAT8_MOST if fmt.kind != "int" else fmt.middle - 1
-        return _no_zeros((torch.maximum(upper, -lower) / most).to(kept)), None
+        return _no_zeros((torch.maximum(upper, -lower) / reach(fmt)).to(kept)), None
     if fmt.zero == "offset":
         zero = lower.to(kept)
         return _no_zeros(((upper - zero) / (fmt.levels - 1)).to(kept)), zero
     scale = _no_zeros(((upper - lower) / (fmt.levels - 1)).to(kept))
     return scale, (-lower / scale.to(lower.dtype)).round().clamp(0, fmt.levels - 1).to(torch.uint8)
+
+
+def reach(fmt: WeightFormat) -> float:
+    """How many scales of a symmetric grid its range reaches to either side."""
+    return FLOAT8_MOST if fmt.kind != "int" else (fmt.levels - 1) / 2
 
 
 def _no_zeros(scale: Tensor) -> Tensor:
