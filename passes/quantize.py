@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -16,10 +17,11 @@ from ..codegen.spec import SpecError
 from ..codegen.weight_format import WeightFormat
 from ..runtime.errors import BadPass, BadPassOption
 from ..runtime.ops import OPS
-from ._quantize_sites import EMBEDDING, FLOAT, Chooser, constant_bytes, find_candidates, float_bytes
+from ._quantize_sites import EMBEDDING, FLOAT, Chooser, constant_bytes, find_candidates, float_bytes, matches
 from .base import Builder, Decline, Exactness, NearMiss, Needs, Pass, Rewrite, SiteContext, Work
 from .rounding import Calibration, Method, QuantizedWeight, WeightSite, find_method
-from .rounding.grid import sqnr
+from .rounding.budget import search_bits
+from .rounding.grid import scales_dtype, sqnr
 from .rounding.store import Store
 from .view import GraphView, arguments, value
 
@@ -29,6 +31,7 @@ aten = torch.ops.aten
 QUANTIZED_LINEAR = OPS["quantized_linear"].overload
 QUANTIZED_EMBEDDING = OPS["quantized_embedding"].overload
 _BUDGET = "tilewright_quantize_deadline"
+_BITS = "tilewright_quantize_bits"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Quantize(Pass):
     skip: patterns (``*`` and ``?``) of module paths or site ids that stay float.
     bits_per_site: pattern -> bits for other sites than the rest's, the first that fits; 16 leaves a site as it is. As
         text, ``[model.layers.0.*=8,lm_head=4]``.
+    average_bits: search for the bits of every linear layer, at most so many a weight on average (docs/quantize_awq.md);
+        ``bits_per_site`` still decides about the sites that it names, which count.
     embeddings: embedding tables too. head: the layer that gives a language model's logits too; tied to the embedding,
         and with both asked for, they share one packed tensor.
     seed: of everything that is drawn. seconds: stop calibrating after so many, with the best so far. checkpoint: a
@@ -83,6 +88,7 @@ class Quantize(Pass):
     seed: int = 0
     seconds: float | None = None
     checkpoint: str | os.PathLike[str] | None = None
+    average_bits: float | None = None
     zero: Literal["point", "offset"] = "point"
     kind: Literal["int", "float8_e4m3fn"] = "int"
 
@@ -95,6 +101,9 @@ class Quantize(Pass):
         time_ok = isinstance(self.seconds, int | float) and not isinstance(self.seconds, bool)
         if self.seconds is not None and not (time_ok and 0 < self.seconds < math.inf):
             raise BadPassOption(f"quantize: seconds is {self.seconds!r}, but must be above 0, or None for no limit")
+        average = self.average_bits
+        if average is not None and (isinstance(average, bool) or not 2 <= average <= 8 or self.kind != "int"):
+            raise BadPassOption(f"quantize: average_bits is {average!r}, but must be integers of 2 to 8 bits")
         if self.activations not in (None, 8, 4) or isinstance(self.activations, bool):
             raise BadPassOption(f"quantize: activations is {self.activations!r}, but must be 8, 4 or None")
         if self.zero not in ("point", "offset"):
@@ -137,7 +146,8 @@ class Quantize(Pass):
         return find_method(self.method)
 
     def current_needs(self) -> Needs:
-        return Needs.CALIBRATION if self.rounding.needs_calibration else Needs.NOTHING
+        searches = self.average_bits is not None
+        return Needs.CALIBRATION if self.rounding.needs_calibration or searches else Needs.NOTHING
 
     def stages(self) -> tuple[Pass, ...]:
         return (TransformWeights(self), self) if self.rounding.transforms else (self,)
@@ -166,12 +176,14 @@ class Quantize(Pass):
             context.state["reason"] = reasons.get(context.node)
         if chooser.unused:
             work.facts["patterns_without_a_site"] = sorted(chooser.unused)
-        settings = repr((stage, self.rounding, self.format(), self.skip, self.bits_per_site, self.seed))
+        settings = repr(
+            (stage, self.rounding, self.format(), self.skip, self.bits_per_site, self.average_bits, self.seed)
+        )
         meta = work.view.module.meta
         deadline = meta.get(_BUDGET)
         if deadline is None and self.seconds is not None:
             deadline = meta[_BUDGET] = time.monotonic() + self.seconds
-        return Calibration(
+        made = Calibration(
             view=work.view,
             sites=sites,
             batches=work.batches,
@@ -181,6 +193,23 @@ class Quantize(Pass):
             store=Store.at(self.checkpoint, settings, work.view.module, work.batches),
             facts=work.facts,
         )
+        return made if self.average_bits is None else self._spend(made)
+
+    def _spend(self, work: Calibration) -> Calibration:
+        """The sites with the bits that the search gives them, once for all stages."""
+        meta = work.view.module.meta
+        if _BITS not in meta:
+            named = _pairs(self.bits_per_site)
+            fixed = {s.id: s.format.bits for s in work.sites.values() if any(matches(s.context.site, p) for p in named)}
+            work.check_rows("average_bits", 1)
+            clip = bool(getattr(self.rounding, "clip", True))
+            meta[_BITS] = search_bits(work, self.average_bits or 0.0, fixed=fixed, clip=clip)
+        for name, bits in meta[_BITS].items():
+            for site in work.sharing(name):
+                form = site.format.changed(bits=bits)
+                form = form.changed(scales=scales_dtype(work.weight(name), form))
+                work.sites[site.id] = dataclasses.replace(site, format=form)
+        return work
 
     def prepare(self, work: Work) -> None:
         begin = time.perf_counter()
@@ -190,7 +219,8 @@ class Quantize(Pass):
         if method.needs_calibration and calibration.leaders(linear=True):
             calibration.check_rows(method.name, method.least_rows)
         rounded = method.round(calibration)
-        work.view.module.meta.pop(_BUDGET, None)
+        for key in (_BUDGET, _BITS):
+            work.view.module.meta.pop(key, None)
         for site in calibration.leaders():
             found = rounded.pop(site.id, None)
             weight = _Packed(calibration, site, method.rest(calibration, site.id) if found is None else found)
