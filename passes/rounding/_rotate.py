@@ -62,6 +62,10 @@ class Side:
     channels: Tensor = field(repr=False)
     heads: Tensor = field(repr=False)
 
+    def whole(self, size: int) -> bool:
+        """Whether one matrix turns all ``size`` channels in order."""
+        return self.channels.shape == (1, size) and torch.equal(self.channels[0], torch.arange(size))
+
 
 @dataclass
 class Turned:

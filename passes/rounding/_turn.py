@@ -34,7 +34,7 @@ def turn_columns(weight: Tensor, side: Side | None, matrices: Mapping[str, Tenso
     if side is None:
         return weight
     matrix = matrices[side.name]
-    if len(side.channels) == 1:
+    if side.whole(weight.shape[1]):
         return weight @ matrix[0]
     parts = torch.einsum("nhd,hde->nhe", weight[:, side.channels.to(weight.device)], matrix[side.heads])
     return torch.zeros_like(weight).index_copy(1, side.channels.flatten().to(weight.device), parts.flatten(1))
@@ -47,7 +47,7 @@ def turn_rows(weight: Tensor, side: Side | None, matrices: Mapping[str, Tensor])
     if weight.dim() == 1:
         return turn_rows(weight[:, None], side, matrices)[:, 0]
     matrix = matrices[side.name]
-    if side.channels.numel() == weight.shape[0] and len(side.channels) == 1:
+    if side.whole(weight.shape[0]):
         return matrix[0].t() @ weight
     channels = side.channels.to(weight.device)
     parts = torch.einsum("hdk,hde->hek", weight[channels], matrix[side.heads])
