@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ...runtime.errors import BadArgument
 from ...runtime.ops import OPS
-from .._key_projection import constant
 from ..base import SiteContext
 from ..execute import preserved_state, protect, undisturbed
 from ..site import get_site, module_path
 from ..view import GraphView, arguments, is_assertion
+from .constants import constant, storage
 
 Node = torch.fx.Node
 _LINEAR, _ATTENTION = OPS["linear"].overload, OPS["attention"].overload
@@ -245,8 +245,7 @@ def split(view: GraphView, sites: Iterable[SiteContext | Node], inputs: Sequence
         if site is None or weight is None:
             continue
         linears[node], weights[site.id] = site.id, weight
-        key = weight.data_ptr(), weight.shape, weight.stride()
-        owners[site.id] = first_with.setdefault(key, site.id)
+        owners[site.id] = first_with.setdefault(storage(weight), site.id)
     paths = {node: path for node in nodes if (path := _path(node))}
     families = _families(sorted({paths[node] for node in linears if node in paths}))
     starts: dict[str, int] = {}
@@ -329,8 +328,10 @@ class Walk:
         blocks: Blocks,
         batches: Sequence[Sequence[Any]],
         weights: Mapping[str, Tensor] | None = None,
+        *,
+        constants: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """weights: by site id, what the quantized path uses in the prefix."""
+        """weights, constants: what the quantized path uses in the prefix, as in :meth:`Window.run`."""
         if not batches:
             raise BadArgument("a walk needs at least one calibration sample")
         self.blocks, self.position = blocks, 0
@@ -338,7 +339,7 @@ class Walk:
         start = [dict(zip(names, protect(blocks.module, batch), strict=True)) for batch in batches]
         self.float = [dict(values) for values in start]
         self.quantized = self.float
-        self._step(blocks.prefix(), weights or {}, None, 0)
+        self._step(blocks.prefix(), {"weights": weights or {}, "constants": constants or {}}, 0)
 
     def __len__(self) -> int:
         return len(self.float)
@@ -362,19 +363,21 @@ class Walk:
         if self.position >= len(self.blocks):
             raise BadArgument("the walk is at its end")
         window = self.blocks.window(self.position, self.position + 1)
-        self._step(window, weights, feed, self.position + 1)
+        self._step(window, {"weights": weights, "feed": feed}, self.position + 1)
         self.position += 1
 
-    def _step(self, window: Window, weights: Mapping[str, Tensor], feed: Feed | None, then: int) -> None:
+    def _step(self, window: Window, changes: dict[str, Any], then: int) -> None:
         live = set(self.blocks.boundary(then))
-        parted = self.quantized is not self.float or feed is not None or any(site in weights for site in window.sites)
+        parted = self.quantized is not self.float or any(changes.values())
         if parted and self.quantized is self.float:
             self.quantized = [dict(values) for values in self.float]
-        paths = [(self.float, {}, None)] + ([(self.quantized, weights, feed)] if parted else [])
-        for path, given, fed in paths:
+        paths: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [(self.float, {})]
+        if parted:
+            paths.append((self.quantized, changes))
+        for path, given in paths:
             for values in path:
                 with calm(self.blocks.module):
-                    values.update(window.run(values, given, feed=fed))
+                    values.update(window.run(values, **given))
                 for name in [name for name in values if name not in live]:
                     del values[name]
         self._share()
