@@ -9,12 +9,15 @@ from ...runtime.errors import BadPassOption
 from ..parse import option_types, read_value, split_options
 from .awq import AWQ
 from .base import Calibration, Method, WeightSite
+from .cbq import CBQ
+from .flexround import FlexRound
 from .grid import QuantizedWeight
 from .ostquant import OSTQuant
+from .qvlm import QVLM
 from .rtn import RTN
 
 # Name -> method. A new method is one more file, one more import and one more name here.
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (RTN, AWQ, OSTQuant)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (RTN, AWQ, FlexRound, CBQ, OSTQuant, QVLM)}
 
 
 def find_method(method: Any) -> Method:
@@ -48,4 +51,4 @@ def _names() -> list[str]:
     return [f"{cls.__name__}()" for cls in METHODS.values()]
 
 
-__all__ = ["AWQ", "METHODS", "RTN", "Calibration", "Method", "QuantizedWeight", "WeightSite", "find_method"]
+__all__ = ["AWQ", "CBQ", "METHODS", "QVLM", "RTN", "Calibration", "FlexRound", "Method", "OSTQuant", "QuantizedWeight", "WeightSite", "find_method"]

@@ -157,7 +157,27 @@ def outliers_from(values: Tensor, coarse: float = 1.5, fine: float = 1.0) -> flo
 
 @dataclass(frozen=True)
 class CBQ(Method):
-    """todo"""
+    """Learn low-rank offsets of rounding, and steps, over windows of blocks that overlap.
+
+    ::
+
+        W' = s * (floor(W / s) + h(V + A1 A2))        h: sigmoid stretched to -0.1 .. 1.1 and clipped to 0 .. 1
+
+    "CBQ: Cross-Block Quantization for Large Language Models", Ding et al. 2023: windows of several blocks fitted
+    together (section 3.1), outliers of weights and activations found from coarse to fine and cut off, or scaled down,
+    beforehand (3.2), LoRA-Rounding (3.3). A1 (N, r) starts at zero, A2 (r, K) is drawn, s is learnt.
+
+    Ours: V is a constant that makes h the weight's own offset at the start, so that r numbers a row and a column decide
+    which weights round the other way. h turns into 0 or 1 over the first 30 % of the steps, helped by the paper's
+    regulariser 1 - |2 h - 1|^b with b from 20 to 2, and is hard from then on with the gradient of the soft one. Weights
+    are cut off only in groups where that lowers the expected error. Errors count relative to a token's size, and as
+    KL(softmax over channels) in units of it. ``feedback`` as in FlexRound.
+
+    window, overlap: blocks that are fitted together, and how many the next window goes on with. rank: r. steps: of
+    Adam a window, one calibration batch each; 0 takes the start. lr, lr_step: its rates for A1, A2 and for steps. kl,
+    regulariser: weights in the loss. scaling: channels of activations that are outliers are divided by the square root
+    of how far out they are, where a norm or layer before takes that up exactly. truncation: see above.
+    """
 
     name: ClassVar[str] = "cbq"
     needs_calibration: ClassVar[bool] = True

@@ -103,7 +103,25 @@ class FlexRounder(Rounder):
 
 @dataclass(frozen=True)
 class FlexRound(Method):
-    """todo"""
+    """Learn a divisor for every weight, and the grid with it, until each block gives what it gave before.
+
+    ::
+
+        W' = s1 * round(W / (s1 * S2 * s3 * s4))      s1 a group, S2 (N, K) a weight, s3 (N, 1) a row, s4 (1, K) a column
+
+    "FlexRound: Learnable Rounding based on Element-wise Division for Post-Training Quantization", Lee et al. 2023,
+    section 3. All factors are positive and start at 1 times the start's grid; Adam steps on their logarithms, straight
+    through the rounding. A large weight moves to another level more easily than a small one, by design. Block by block:
+    inputs are what the quantized model hands on, targets what the float model gives.
+
+    Ours, not the paper's: the loss counts each token relative to its size, and W begins with errors handed on from
+    column to column (``feedback``, as in GPTQ), on grids of the least expected error. That start takes few seconds a
+    block and is most of the gain at 2 and 3 bits; learning starts from it.
+
+    steps: of the optimiser a block, one calibration batch each; 0 takes the start as it is. lr, lr_step: Adam's rates
+    for divisors and for s1, falling to 0 by a cosine. feedback: see above. precision: of products while learning;
+    ``auto`` is bfloat16 on CPUs with AMX and on GPUs.
+    """
 
     name: ClassVar[str] = "flexround"
     needs_calibration: ClassVar[bool] = True

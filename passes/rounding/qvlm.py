@@ -64,7 +64,24 @@ def partition(names: Sequence[str], entropies: Sequence[float], join: float, mos
 
 @dataclass(frozen=True)
 class QVLM(Method):
-    """todo"""
+    """Search the ranges of grids for blocks together whose errors depend on each other, as their entropy says.
+
+    "Q-VLM: Post-training Quantization for Large Vision-Language Models", Wang et al. 2024. The error that rounding a
+    layer makes at the end depends on how the next ones are rounded, the more so the higher the entropy of what passes
+    between them (section 3.2). So blocks are joined with the next one where the entropy of their output is high, and
+    the rounding function of each layer is searched for the least error of its joint block's output (3.3).
+
+    The rounding function here is the range of the grid: a share of each group's largest weight, one for the layers that
+    share an input, or what each group's expected error is least with (the start). Candidates are tried a layer after
+    another and taken when the joint block's error falls, so the result is never worse than the start on the samples it
+    is searched with. Nothing is learnt: no gradients. Inputs come along the quantized path. Activations keep their
+    range, which kernels take from each token. The paper's changes to a visual encoder are not made; its blocks are
+    searched like others and not joined with the language model's.
+
+    ratios: the shares to try. join: share of the boundaries between blocks that may be joined. most: blocks a joint
+    block has at most. rounds: over all its layers; a round that changes nothing is the last. samples: calibration
+    batches to search with. precision: as in FlexRound.
+    """
 
     name: ClassVar[str] = "qvlm"
     needs_calibration: ClassVar[bool] = True
