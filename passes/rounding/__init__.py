@@ -51,4 +51,17 @@ def _names() -> list[str]:
     return [f"{cls.__name__}()" for cls in METHODS.values()]
 
 
-__all__ = ["AWQ", "CBQ", "METHODS", "QVLM", "RTN", "Calibration", "FlexRound", "Method", "OSTQuant", "QuantizedWeight", "WeightSite", "find_method"]
+__all__ = [
+    "AWQ",
+    "CBQ",
+    "METHODS",
+    "QVLM",
+    "RTN",
+    "Calibration",
+    "FlexRound",
+    "Method",
+    "OSTQuant",
+    "QuantizedWeight",
+    "WeightSite",
+    "find_method",
+]

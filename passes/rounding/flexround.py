@@ -107,7 +107,7 @@ class FlexRound(Method):
 
     ::
 
-        W' = s1 * round(W / (s1 * S2 * s3 * s4))      s1 a group, S2 (N, K) a weight, s3 (N, 1) a row, s4 (1, K) a column
+        W' = s1 * round(W / (s1 * S2 * s3 * s4))      s1 a group, S2 (N, K) a weight, s3 a row, s4 a column
 
     "FlexRound: Learnable Rounding based on Element-wise Division for Post-Training Quantization", Lee et al. 2023,
     section 3. All factors are positive and start at 1 times the start's grid; Adam steps on their logarithms, straight
