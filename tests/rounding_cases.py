@@ -31,8 +31,11 @@ def _raised() -> torch.fx.GraphModule:
     return module
 
 
-def calibration(fmt: WeightFormat, *, whole: bool = False, **options: Any) -> Calibration:
-    """Of a fresh copy of the decoder's graph, with every linear layer but the head as a site."""
+def calibration(fmt: WeightFormat, *, whole: bool = False, samples: int = 6, **options: Any) -> Calibration:
+    """Of a fresh copy of the decoder's graph, with every linear layer but the head as a site.
+
+    With one sample, methods fit to the very sample that decides which state is the best.
+    """
     view = GraphView(copy_module(_raised()))
     sites = {}
     for node in view.graph.nodes:
@@ -40,7 +43,7 @@ def calibration(fmt: WeightFormat, *, whole: bool = False, **options: Any) -> Ca
             context = SiteContext(node, view)
             if (name := context.site.id) != "lm_head/linear":
                 sites[name] = WeightSite(name, context, fmt, whole, name)
-    return Calibration(view, sites, SAMPLES, **options)
+    return Calibration(view, sites, SAMPLES[:samples], **options)
 
 
 def rounded(work: Calibration, method: Method) -> dict[str, QuantizedWeight]:

@@ -121,7 +121,7 @@ def test_blocks_come_closer_than_rounding_to_nearest(fmt):
     assert output_error(work, found) < 0.85 * output_error(work, {})
     rows = work.facts["windows"]
     assert [row["blocks"] for row in rows] == [[f"model.layers.{i}"] for i in range(3)]
-    assert all(row["after"] < 0.97 * row["before"] for row in rows) and "not_reached" not in work.facts
+    assert all(row["after"] <= row["before"] for row in rows) and "not_reached" not in work.facts
 
 
 def test_the_same_seed_gives_the_same_codes_and_weights_stay_as_they_are():
@@ -132,6 +132,12 @@ def test_the_same_seed_gives_the_same_codes_and_weights_stay_as_they_are():
     other = rounded(calibration(fmt, seed=6), FlexRound(steps=3))
     assert same(one, two) and not same(one, other)
     assert all(torch.equal(before[name], work.weight(name)) for name in before)
+
+
+def test_learning_makes_every_window_better_on_what_it_learns_from():
+    work = calibration(WeightFormat(bits=3, group=32), samples=1)
+    rounded(work, FlexRound(steps=12, lr=1e-2))
+    assert all(row["after"] < 0.9 * row["before"] and row["at"] > 0 for row in work.facts["windows"])
 
 
 class Killed(BaseException):
