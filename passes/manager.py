@@ -198,8 +198,8 @@ def run_pass(
     for rewrite, result in pending:
         others = replaced.keys() - {result}
         rewrite.after, inputs = extract(module, result, inserted - others)
-        names = {other.name: replaced[other] for other in others}
-        rewrite.inputs = [names.get(name, name) for name in inputs]
+        before_it = {other.name: replaced[other] for other in others}
+        rewrite.inputs = [before_it.get(name, name) for name in inputs]
         done.rewrites.append(rewrite)
     _check(module, one)
     one.finish(work)

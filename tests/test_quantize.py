@@ -1,126 +1,39 @@
-"""The Quantize pass: what it takes up and leaves, what it computes, and what methods can rely on."""
+"""The Quantize pass: what it takes up and leaves, and what it computes."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from quantize_cases import (
+    IDS,
+    Small,
+    compiled_whole,
+    details,
+    formats,
+    quantized,
+    reasons,
+    record,
+    rounded,
+    row,
+)
 from torch import Tensor, nn
 
 import tilewright as tw
 from tilewright.codegen.weight_format import parse_weight_format
-from tilewright.frontend.assemble import assemble
-from tilewright.frontend.backend import require_changes
-from tilewright.frontend.capture import copy_module, export_model
-from tilewright.frontend.options import Options
-from tilewright.frontend.pipeline import GraphRecord, process
-from tilewright.frontend.report import CaptureReport, Report
 from tilewright.passes import FactorKeys, KVCache, Quantize
-from tilewright.passes.manager import check_needs, sort_passes
+from tilewright.passes.manager import sort_passes
 from tilewright.passes.parse import parse_passes
-from tilewright.passes.rounding import RTN, Calibration, Method, QuantizedWeight, grid
-from tilewright.passes.rounding._fold import set_constant
-from tilewright.passes.rounding.store import Store
+from tilewright.passes.rounding import RTN
 from tilewright.runtime.errors import (
-    BadPass,
     BadPassOption,
-    CalibrationNeeded,
     PassChangedNothing,
     QuantizationError,
-    ValidationError,
 )
 from tilewright.runtime.ops.quantized_linear import round_activations
-
-
-class Small(nn.Module):
-    """An embedding, two layers, one that follows another at once, and a head, tied or not."""
-
-    def __init__(self, *, tied: bool = False, width: int = 64) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(50, width)
-        self.up, self.down = nn.Linear(width, 96), nn.Linear(96, width)
-        self.again = nn.Linear(width, width, bias=False)
-        self.head = nn.Linear(width, 50, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        return self.head(x + self.again(self.down(F.gelu(self.up(x)))))
-
-
-IDS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
-MORE = [torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
-
-
-@functools.cache
-def captured(tied: bool, width: int) -> Any:
-    return export_model(Small(tied=tied, width=width), (IDS,), {}).module
-
-
-@dataclass
-class Done:
-    """A graph that was processed, and its report."""
-
-    record: GraphRecord
-    report: Report
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        return self.record.lowered(ids)[0]
-
-
-def quantized(model: Small, one: Quantize | None = None, *, calibration: Sequence[Tensor] = (), **given: Any) -> Done:
-    """``compile`` for :class:`Small`, which is exported once only."""
-    module = copy_module(captured(model.head.weight is model.embed.weight, model.embed.weight.shape[1]))
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        owner, _, last = name.rpartition(".")
-        if not hasattr(module, owner):  # tied: the graph knows the weight by its other name
-            continue
-        child = copy.copy(module.get_submodule(owner))
-        child._parameters = dict(child._parameters) | {last: tensor}
-        setattr(module, owner, child)
-    options = Options.make([one or Quantize()], rest="eager", target="reference", **given)
-    check_needs(options.passes, calibration)
-    record = process(module, options, example_values=[IDS], calibration=[[batch] for batch in calibration])
-    if options.strict:
-        require_changes(options, [record])
-    return Done(record, assemble("Small", options, [record], CaptureReport(), None))
-
-
-def compiled_whole(model: nn.Module, one: Quantize | None = None, **given: Any) -> tw.CompiledModule:
-    options: dict[str, Any] = {"example_inputs": (IDS,), "rest": "eager", "target": "reference"}
-    return tw.compile(model, [one or Quantize()], **(options | given))
-
-
-def row(compiled: Any, name: str = "quantize") -> Any:
-    return next(one for one in compiled.report.passes if one.name == name)
-
-
-def details(compiled: Any) -> dict[str, dict[str, Any]]:
-    return {site.site: site.details for site in row(compiled).matched}
-
-
-def reasons(compiled: Any) -> dict[str, str]:
-    return {site.site: site.reason for site in row(compiled).declined}
-
-
-def rounded(w: Tensor, clip: bool = False, **fields: Any) -> Tensor:
-    """A weight as rounding to nearest leaves it."""
-    form = Quantize(**fields).format()
-    if form.group >= w.shape[1]:
-        form = form.changed(group=0)
-    grids = grid.search_grid(w, form) if clip else grid.grid(*grid.ranges(w, form), form)
-    return grid.round_weight(w.detach(), form, *grids).dequantize()
-
 
 # ----------------------------------------------------------------------------------------------------- what it computes
 
@@ -172,26 +85,6 @@ def test_one_scale_for_the_whole_tensor():
         scales = found["scales"][0]
         assert len(scales.unique()) == 1 and scales.shape[1] == 1
     assert details(compiled)["up/linear"]["group"] == "tensor"
-
-
-def record(compiled: Any) -> GraphRecord:
-    return compiled.record if isinstance(compiled, Done) else compiled.records[0]
-
-
-def held(module: nn.Module, node: Any) -> Tensor:
-    owner, _, last = node.target.rpartition(".")
-    return getattr(module.get_submodule(owner), last)
-
-
-def formats(compiled: Any) -> list[dict[str, Any]]:
-    """The arguments of the quantized ops, constants as tensors."""
-    module = record(compiled).rewritten
-    found = []
-    for node in module.graph.nodes:
-        if getattr(node.target, "_opname", "") in ("quantized_linear", "quantized_embedding"):
-            given = tw.passes.view.arguments(node)
-            found.append(torch.fx.map_arg(given, lambda n: held(module, n) if n.op == "get_attr" else n))
-    return found
 
 
 def test_a_site_is_measured_by_itself():
@@ -411,193 +304,10 @@ def test_it_runs_after_the_passes_that_read_or_build_layers():
     assert order == ["kv-cache", "factor-keys", "quantize"]
 
 
-# -------------------------------------------------------------------------------------------------- what methods get
-
-
-@dataclass(frozen=True)
-class Probe(Method):
-    """Rounds one site to all zeros, and looks at what it is given."""
-
-    name: ClassVar[str] = "probe"
-    needs_calibration: ClassVar[bool] = True
-    seen: ClassVar[dict[str, Any]] = {}
-
-    def round(self, work: Calibration) -> dict[str, QuantizedWeight]:
-        self.seen.update(work=work, stats=work.stats(), left=work.time_left())
-        site = work.sites["down/linear"]
-        work.details["down/linear"] = {"probed": True}
-        work.facts["probe"] = 7
-        return {site.id: grid.round_weight(torch.zeros_like(work.weight(site.id)), site.format)}
-
-
-def test_a_method_rounds_what_it_answers_for_and_the_rest_goes_to_the_nearest():
-    model = Small()
-    compiled = quantized(model, Quantize(method=Probe(), seconds=60), calibration=MORE)
-    want = Small()
-    want.up.weight.data, want.again.weight.data = rounded(want.up.weight.data), rounded(want.again.weight.data)
-    want.down.weight.data.zero_()
-    with torch.no_grad():
-        assert torch.equal(compiled(IDS), want(IDS))
-    assert details(compiled)["down/linear"]["probed"] and row(compiled).facts["probe"] == 7
-    assert 0 < Probe.seen["left"] <= 60 and row(compiled).facts["stopped_early"] is False
-    stats = Probe.seen["stats"]["up/linear"]
-    x = model.embed(torch.cat([m.flatten() for m in MORE])).detach().double()
-    assert stats.rows == 128
-    torch.testing.assert_close(stats.second, x.square().mean(0))
-    torch.testing.assert_close(stats.mean_abs, x.abs().mean(0))
-    torch.testing.assert_close(stats.most, x.abs().amax(0))
-    torch.testing.assert_close(Probe.seen["work"].second("up/linear"), x.square().mean(0))
-
-
-def test_clipping_weighs_columns_by_what_they_are_multiplied_by():
-    """With calibration inputs ``rtn{clip}`` loses less at the layer's output than without."""
-    model = Small()
-    with torch.no_grad():
-        model.embed.weight *= torch.logspace(-2, 1, 64)
-    errors = []
-    for given in ({}, {"calibration": MORE}):
-        compiled = quantized(model, Quantize(bits=2, group_size=32, method="rtn{clip}"), **given)
-        errors.append({site.site: site.error.rel_l2 for site in row(compiled).matched}["up/linear"])
-    assert errors[1] < 0.9 * errors[0]
-
-
-def test_no_and_too_little_calibration():
-    with pytest.raises(CalibrationNeeded, match="give compile\\(\\) calibration"):
-        quantized(Small(), Quantize(method=Probe()))
-    with pytest.raises(CalibrationNeeded, match=r"saw 6 rows.*at least 32.*up/linear"):
-        quantized(Small(), Quantize(method=Probe()), calibration=[IDS[:2, :3]])
-
-
-def test_activations_that_are_not_finite_are_named():
-    model = Small()
-    with torch.no_grad():
-        model.embed.weight.fill_(1e38)
-        model.up.weight.fill_(1)  # 64 times 1e38 is no float32
-    with pytest.raises(QuantizationError, match=r"its input is (NaN|infinite) on the calib.*\[down/linear"):
-        quantized(model, Quantize(method=Probe()), calibration=MORE)
-
-
-def test_codes_that_do_not_fit_are_refused():
-    @dataclass(frozen=True)
-    class Wrong(Method):
-        name: ClassVar[str] = "wrong"
-
-        def round(self, work: Calibration) -> dict[str, QuantizedWeight]:
-            site = work.leaders()[0]
-            return {site.id: grid.round_weight(torch.zeros(3, 64), site.format)}
-
-    with pytest.raises(BadPass, match=r"shape \(3, 64\)"):
-        quantized(Small(), Quantize(method=Wrong()))
-
-
-@dataclass(frozen=True)
-class Scales(Method):
-    """Multiplies a layer's rows and divides the next one's columns; ``slip`` makes the two differ."""
-
-    name: ClassVar[str] = "scales"
-    transforms: ClassVar[bool] = True
-
-    slip: float = 1.0
-
-    def transform(self, work: Calibration) -> Mapping[str, Any]:
-        down, again = work.sites["down/linear"], work.sites["again/linear"]
-        for what in ("weight", "bias"):
-            node = getattr(down, what, None) or down.node.args[2]
-            tensor = tw.passes._key_projection.constant(work.view, node)
-            set_constant(work.view, down.node, what, tensor * 4)
-        set_constant(work.view, again.node, "weight", work.weight("again/linear") / (4 * self.slip))
-        work.details["again/linear"] = {"folded": 4}
-        return {"pairs": 1}
-
-
-def test_a_transformation_is_a_stage_of_its_own_and_is_validated_on_the_whole_graph():
-    model = Small()
-    compiled = quantized(model, Quantize(bits=8, method=Scales()), strict=True)
-    first, second = compiled.report.passes
-    assert (first.name, first.exactness, second.name) == ("transform-weights", "reassociated", "quantize")
-    assert first.facts["pairs"] == 1 and first.matched[0].details == {"folded": 4}
-    assert 0 <= first.worst().rel_l2 < 1e-5
-    want = Small()
-    want.down.weight.data *= 4
-    want.down.bias.data *= 4
-    want.again.weight.data /= 4
-    for layer in (want.up, want.down, want.again):
-        layer.weight.data = rounded(layer.weight.data, bits=8)
-    with torch.no_grad():
-        assert torch.equal(compiled(IDS), want(IDS))
-    assert model.down.weight.data.abs().max() < 1
-    with pytest.raises(ValidationError, match="transform-weights says it is reassociated"):
-        quantized(model, Quantize(method=Scales(slip=1.01)))
-
-
-@dataclass(frozen=True)
-class Dies(Method):
-    """Keeps each site's codes and dies at the third one it has to do itself."""
-
-    name: ClassVar[str] = "dies"
-    done: ClassVar[list[str]] = []
-    limit: ClassVar[int] = 2
-
-    def round(self, work: Calibration) -> dict[str, QuantizedWeight]:
-        found = {}
-        for site in work.leaders():
-            kept = work.kept(site.id)
-            if kept is None:
-                if len(self.done) >= self.limit:
-                    raise KeyboardInterrupt
-                one = work.nearest(site.id)
-                self.done.append(site.id)
-                work.keep(site.id, {"codes": one.codes, "scale": one.scale}, {"bits": site.format.bits})
-            else:
-                assert kept[1] == {"bits": site.format.bits}
-                one = QuantizedWeight(kept[0]["codes"], kept[0]["scale"], None, site.format)
-            found[site.id] = one
-        return found
-
-
-def test_a_killed_calibration_goes_on_where_it_was(tmp_path, monkeypatch):
-    model = Small()
-    one = Quantize(method=Dies(), checkpoint=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        quantized(model, one)
-    assert Dies.done == ["up/linear", "down/linear"]
-    monkeypatch.setattr(Dies, "limit", 3)
-    compiled = quantized(model, one)
-    assert Dies.done == ["up/linear", "down/linear", "again/linear"]
-    with torch.no_grad():
-        assert torch.equal(compiled(IDS), quantized(model)(IDS))
-    # Other settings, other weights and other inputs have folders of their own.
-    for change in ({"bits": 8}, {"seed": 1}):
-        with pytest.raises(KeyboardInterrupt):
-            quantized(model, dataclasses.replace(one, **change))
-    model.up.weight.data[0, 0] += 1
-    with pytest.raises(KeyboardInterrupt):
-        quantized(model, one)
-    with pytest.raises(KeyboardInterrupt):
-        quantized(Small(), one, calibration=MORE)
-    # A damaged file is told, not read.
-    for file in tmp_path.rglob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(QuantizationError, match="is damaged.*delete it"):
-        quantized(Small(), one)
-
-
-def test_keys_of_a_checkpoint_do_not_collide(tmp_path):
-    store = Store(tmp_path)
-    assert store.read("a/b") is None
-    store.write("a/b", {"x": torch.ones(2)}, {"n": 1})
-    store.write("a_b", {"x": torch.zeros(3)}, {})
-    assert store.read("a/b")[1] == {"n": 1} and store.read("a_b")[0]["x"].shape == (3,)
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(QuantizationError, match="cannot be written"):
-        Store(tmp_path / "file").write("a", {}, {})
-    Store().write("nowhere", {}, {})
-    assert Store().read("nowhere") is None
-
-
 # -------------------------------------------------------------------------------------------------------- whole models
 
 
+@pytest.mark.grid
 def test_a_cached_decoder_with_quantized_weights_decodes():
     model = tiny.llama(layers=1, bos_token_id=None, eos_token_id=None)
     passes = [KVCache(max_length=32), Quantize(bits=8, embeddings=True, head=True)]
