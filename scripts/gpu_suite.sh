@@ -38,7 +38,7 @@ elif [ "$status" -ne 0 ]; then
   failed=1
 fi
 
-for suite in gpu-softmax gpu-attention gpu-decode-cache; do
+for suite in gpu-softmax gpu-attention gpu-decode-cache gpu-quantized-linear; do
   echo "== $suite"
   "$PYTHON" -m tilewright bench "$suite" ${QUICK:+--quick} --plots "$results" 2>&1 | tee "$results/$suite.log"
   [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "$suite failed"; failed=1; }

@@ -19,12 +19,14 @@ from tilewright.benchmarks.suites import (
     decode_cache,
     gpu_attention,
     gpu_decode_cache,
+    gpu_quantized_linear,
     gpu_softmax,
     models,
     ops,
     softmax,
 )
 from tilewright.codegen.cache_format import CacheFormat
+from tilewright.codegen.weight_format import WeightFormat
 
 COMPILED = ("inductor", "flex", "compile")  # seconds each; the peers are torch's own to test
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -145,6 +147,14 @@ def test_gpu_suites_compute_the_same_on_the_interpreter() -> None:
     right(gpu_softmax.problem(masked, "cpu", "triton-interpret"), "eager", "ours")
     backward = gpu_softmax.Shape("backward", (6, 40), log=True, backward=True)
     right(gpu_softmax.problem(backward, "cpu", "triton-interpret"), "eager", "ours")
+
+
+def test_gpu_quantized_layers_compute_the_same_on_the_interpreter() -> None:
+    case = gpu_quantized_linear.Shape("small", WeightFormat(4, 32, "point"), 3, 70, 20, torch.float16)
+    one = gpu_quantized_linear.problem(case, "cpu", "triton-interpret")
+    assert one.bytes == 20 * 3 * 16 + 20 * 3 * (2 + 1) + 3 * (70 + 20) * 2  # codes, scales and zeros; x, result
+    here = [c for c in one.contenders if c.name in ("plain", "ours")]
+    right(dataclasses.replace(one, contenders=here), "plain", "ours")
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])

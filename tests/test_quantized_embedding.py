@@ -23,7 +23,7 @@ FLOAT8 = WeightFormat(8, 64, kind="float8_e4m3fn")
 look_up = torch.ops.tilewright.quantized_embedding
 
 
-def check(form: WeightFormat, dtype: str, target: str, columns: int = 107, rows: int = 37) -> None:
+def check(form: WeightFormat, dtype: str, target: str, columns: int = 107, rows: int = 37, device: str = "cpu") -> None:
     """Ids of another shape and dtype than usual, and twice the same, in a table of odd sizes."""
     generator = torch.Generator().manual_seed(form.bits)
     plain = form.changed(layout="plain")
@@ -35,10 +35,13 @@ def check(form: WeightFormat, dtype: str, target: str, columns: int = 107, rows:
     none = None if table[2] is None else torch.zeros_like(table[2])
     size = quantized_weight.dequantize(table[0], table[1], none, plain, rows, columns, torch.float64)[ids.long()]
     given = quantized_weight.to_layout(*table, plain, rows, columns, form.layout)
-    out = look_up(ids, *given, rows=rows, columns=columns, format=form.text(), dtype=DTYPES[dtype], target=target)
+    given = [None if t is None else t.to(device) for t in given]
+    out = look_up(
+        ids.to(device), *given, rows=rows, columns=columns, format=form.text(), dtype=DTYPES[dtype], target=target
+    )
     assert out.dtype == DTYPES[dtype] and out.shape == (5, 3, columns)
     tiny = 2.0**-24 if dtype == "float16" else 0.0
-    close("out", out, exact, 2 * UNIT[DTYPES[dtype]] * exact.abs() + 4 * U32 * (size.abs() + exact.abs()) + tiny)
+    close("out", out.cpu(), exact, 2 * UNIT[DTYPES[dtype]] * exact.abs() + 4 * U32 * (size.abs() + exact.abs()) + tiny)
 
 
 NATIVE = {
