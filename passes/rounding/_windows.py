@@ -18,7 +18,7 @@ from torch import Tensor
 from ...runtime import cpu
 from ...runtime.errors import BadPassOption
 from . import grid
-from ._reconstruct import Distance, Outcome, Plan, Rounder, Start, reconstruct, relative_error, second_moments, start
+from ._reconstruct import Distance, Plan, Rounder, Start, reconstruct, relative_error, second_moments, start
 from .base import Calibration, Method, WeightSite
 from .blocks import Blocks, Feed, Walk, Window, split
 from .grid import QuantizedWeight
@@ -192,13 +192,17 @@ def _window(
     rounders = {leader: one.rounder for leader, one in state.open.items() if leader in own}
     if not rounders:
         return
+    seconds = share - (time.monotonic() - began)
+    if not recipe.steps or seconds <= 0:
+        _tell(state, walk.blocks, window, {"steps": 0}, time.monotonic() - began)
+        return
     targets = [hidden_values(window, made) for made in walk.targets(window, precision=precision)]
     plan = Plan(
         steps=recipe.steps,
         seed=work.seed + index,
         held=min(4, max(1, len(walk) // 12)),
         precision=precision,
-        seconds=share - (time.monotonic() - began),
+        seconds=seconds,
     )
     outcome = reconstruct(
         window,
@@ -211,11 +215,11 @@ def _window(
         distance=recipe.distance,
         progress=lambda step: work.progress(index * total + step + 1, count * total, text),
     )
-    _tell(state, walk.blocks, window, outcome, time.monotonic() - began)
+    _tell(state, walk.blocks, window, asdict(outcome), time.monotonic() - began)
 
 
-def _tell(state: State, blocks: Blocks, window: Window, outcome: Outcome, seconds: float) -> None:
-    row = {"blocks": list(blocks.names[window.first : window.last]), **asdict(outcome), "seconds": round(seconds, 2)}
+def _tell(state: State, blocks: Blocks, window: Window, outcome: dict[str, Any], seconds: float) -> None:
+    row = {"blocks": list(blocks.names[window.first : window.last]), **outcome, "seconds": round(seconds, 2)}
     state.facts.append(row)
 
 
