@@ -38,9 +38,9 @@ class FakeQuantized(torch.autograd.Function):
             least: Any = -float(fmt.middle) if zero is None else -zero.float()[..., None]
             least = 0.0 if fmt.zero == "offset" else least
             exact = (groups / step).sub_(low)
-            codes = exact.round().clamp_(least, least + fmt.levels - 1)
-            off = codes - exact
-            clipped, q = off.abs() > 0.5, (codes + low) * step
+            rounded = exact.round()
+            codes = rounded.clamp(least, least + fmt.levels - 1)
+            off, clipped, q = codes - exact, codes != rounded, (codes + low) * step
         # A clipped weight hands its gradient to the scale alone.
         ctx.save_for_backward(torch.where(clipped, codes, off).to(w.dtype), clipped, w, ratio)
         ctx.fmt = fmt

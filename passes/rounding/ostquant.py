@@ -69,7 +69,7 @@ class OSTQuant(Method):
     steps: int = 150
     tokens: int = 256
     batch: int = 1
-    lr: float = 1e-3
+    lr: float = 3e-3
     lr_scale: float = 1e-2
     top: int = TOP
     streams: bool = True
@@ -210,6 +210,7 @@ class _Session:
             if any(g["params"] for g in groups)
             else None
         )
+        rates = [float(g["lr"]) for g in groups if g["params"]]
         best = {name: t.clone() for name, t in learner.state_dict().items()}
         if tensors:
             best = {name[5:]: t for name, t in tensors.items() if name.startswith("best/")}
@@ -226,7 +227,7 @@ class _Session:
             began = time.monotonic()
             work.progress(step, total, f"learning rotations, KL {least:.4f}")
             assert optimizer is not None
-            for group, rate in zip(optimizer.param_groups, [g["lr"] for g in groups if g["params"]], strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule[step]
             self.step(learner, optimizer, step)
             step += 1
