@@ -1,9 +1,9 @@
 """Write what the benchmarks measured into the pages, from the JSON files of benchmarks/results and from nothing else.
 
 ``python scripts/bench_tables.py`` rewrites the table in README.md, the whole tables in docs/benchmarks.md, those of
-docs/block_sparse.md, docs/kv_cache.md and docs/quantized_cache.md, and the pictures in docs/benchmarks/; ``--check``
-only says whether the pages are up to date. A table stands between ``<!-- table: NAME -->`` and ``<!-- end: NAME -->``,
-as those of doc_tables.py do.
+docs/block_sparse.md, docs/kv_cache.md, docs/quantized_cache.md and docs/quantize_quality.md, and the pictures in
+docs/benchmarks/; ``--check`` only says whether the pages are up to date. A table stands between
+``<!-- table: NAME -->`` and ``<!-- end: NAME -->``, as those of doc_tables.py do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tilewright.benchmarks import cache_bytes, harness, kv_pages, plots, record, sparse_pages, tables
+from tilewright.benchmarks import cache_bytes, harness, kv_pages, plots, quant_pages, record, sparse_pages, tables
 from tilewright.benchmarks.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +25,7 @@ DEVICES = ("cpu", "cuda")
 STUDY = RESULTS / "quality" / "block_sparse.json"
 BYTES = RESULTS / "quality" / "cache_bytes.json"
 CACHES = RESULTS / "quality" / "kv_cache.json"
+WEIGHTS = RESULTS / "quality" / "quantize.json"
 QUALITY = PICTURES / "block_sparse_quality.png"
 NONE_YET = "The study has not been run: `python -m tilewright.benchmarks.sparse_quality --work DIR --output FILE`."
 NONE = "No run is on file yet: `tilewright bench SUITE` makes one."
@@ -101,6 +102,12 @@ def caches(found: list[Record]) -> str:
     return NONE_YET.replace("sparse_quality", "kv_quality") if study is None else kv_pages.quality(study)
 
 
+def weights(found: list[Record]) -> str:
+    """docs/quantize_quality.md: what the study of low-bit weights found."""
+    study = sparse_pages.read(WEIGHTS)
+    return NONE_YET.replace("sparse_quality", "quant_quality") if study is None else quant_pages.quality(study)
+
+
 def bytes_of_cache(found: list[Record]) -> str:
     """docs/kv_cache.md: what a token takes."""
     study = sparse_pages.read(BYTES)
@@ -117,6 +124,7 @@ TABLES = {
     "sparse-selectors": (SPARSE, _sparse(sparse_pages.selector_table)),
     "cache-bytes": (ROOT / "docs" / "kv_cache.md", bytes_of_cache),
     "kv-quality": (ROOT / "docs" / "quantized_cache.md", caches),
+    "quantize-quality": (ROOT / "docs" / "quantize_quality.md", weights),
     "sparse-long": (SPARSE, _sparse(sparse_pages.long_table)),
 }
 
