@@ -2,6 +2,9 @@
 
 With H = mean x x^T over the rows x of a layer's input, the mean squared error of its output when W becomes W + D is the
 sum over the rows d of D of ``d^T H d``: all inputs count, and none has to be kept.
+
+A few tokens of a language model have hidden states hundreds of times larger than the others, which a norm makes equal
+again later. So that they do not decide alone, rows larger than a sample's median are shrunk to it first.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ MOST_MOMENTS = 4096
 
 @dataclass
 class Inputs:
-    """The input (..., K) of linear layers over the calibration samples, all float32.
+    """The input (..., K) of linear layers over the calibration samples, with large rows shrunk; all float32.
 
     rows: how many there were. mean_abs, most, second: (K,), mean and largest |x|, mean x^2. moments: (K, K), mean
     x x^T, or None beyond :data:`MOST_MOMENTS`. sample: (T, K), some rows, evenly spaced.
@@ -72,6 +75,8 @@ class _Seen:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(rows):
             return
+        length = rows.norm(dim=1, keepdim=True)
+        rows = rows / (length / length.median().clamp_min(1e-30)).clamp_min(1.0)
         size = rows.abs()
         sums = [size.sum(0), rows.square().sum(0)]
         if rows.shape[1] <= MOST_MOMENTS:
@@ -115,17 +120,6 @@ def output_error(delta: Tensor, inputs: Inputs) -> float:
     if inputs.moments is None:
         return float((delta @ inputs.sample.T).square().sum()) / len(inputs.sample)
     return float(((delta @ inputs.moments) * delta).sum())
-
-
-def mean_weight(weights: Sequence[Tensor], group: int) -> Tensor:
-    """(K,): the mean over all rows of |w| as a share of the largest in its group of columns; 1 for groups of zeros."""
-    total, rows = torch.zeros(weights[0].shape[1], device=weights[0].device), 0
-    for w in weights:
-        size = grid.grouped(w.float().abs(), group)
-        most = size.amax(-1, keepdim=True)
-        total += torch.where(most > 0, size / most, torch.ones_like(size)).flatten(1)[:, : w.shape[1]].sum(0)
-        rows += len(w)
-    return total / max(1, rows)
 
 
 def clipped(

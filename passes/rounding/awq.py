@@ -16,7 +16,7 @@ from ...runtime.errors import BadPassOption
 from ..site import get_site
 from . import grid
 from ._fold import Fold, apply_fold, find_fold, find_groups
-from ._moments import Inputs, clipped, mean_weight, observe, output_error
+from ._moments import Inputs, clipped, observe, output_error
 from .base import Calibration, Method, WeightSite
 from .blocks import Walk, Window, split
 from .grid import QuantizedWeight
@@ -25,8 +25,9 @@ GRIDS = "tilewright_awq"
 """Key of the graph module's metadata: site id -> (scale, zero) that were chosen for the transformed weight."""
 ROWS = 512
 """Output rows of a weight that stand for all of them while scales are compared."""
-TRIED = 6
-"""Ranges that are tried for each group of columns while scales are compared; 20 for the scale that wins."""
+TRIED = {2: 6}
+"""Bits -> ranges that are tried for each group while scales are compared; else 1, and 20 for the scale that wins. Only
+grids of 2 bits are so coarse that what is lost without clipping says nothing about what is lost with it."""
 REACH = 1024.0
 """Scales stay between its inverse and it."""
 _LEAST = 1e-12
@@ -38,14 +39,15 @@ class AWQ(Method):
 
     For linear layers that share an input x, with scales s (K,) folded into what makes x::
 
-        s = mean|x|^a / mean(w)^b, normalised to sqrt(max(s) * min(s)) = 1
-        (a, b) = argmin sum_layers mean_x |Q(W s) (x / s) - W x|^2
+        s = mean|x|^a, normalised to sqrt(max(s) * min(s)) = 1
+        a = argmin sum_layers mean_x |Q(W s) (x / s) - W x|^2
 
-    where a runs over ``steps`` numbers from 0 to 1, b is 0 (the paper's) or 1 - a, and mean(w) is the mean over rows
-    of |w| as a share of its group's largest. Then each group's range is clipped to the one that loses least. Blocks are
-    done in order, each on what the already rounded ones before it give; the memory is that of one boundary between
-    blocks and of one block's second moments. Where x / s folds into nothing (behind a GELU, or where others read x as
-    well), a ``mul`` at the input stays, unless the best scale gains less than ``worth``.
+    where a is one of ``steps`` numbers from 0 to 1. Then each group's range is clipped to the one that loses least, in
+    all layers (the authors leave queries and keys out, which is worse here). Rows of x larger than the median are
+    shrunk to it, so that a few tokens with huge hidden states do not decide alone. Blocks are done in order, each on
+    what the already rounded ones before it give; the memory is that of one boundary between blocks and of one block's
+    second moments. Where x / s folds into nothing (behind a GELU, or where others read x as well), a ``mul`` at the
+    input stays, unless the best scale gains less than ``worth``.
 
     steps: numbers of a. clip: search ranges; without, each reaches to its group's largest weight. shrink: the smallest
     share of a range that is tried. rows: how many tokens stand for the inputs where activations are rounded too.
@@ -79,6 +81,9 @@ class AWQ(Method):
         for site, (scale, zero) in work.view.module.meta.pop(GRIDS, {}).items():
             one = work.sites[site]
             found[site] = grid.round_weight(work.weight(site), one.format, scale, zero)
+        for one in work.leaders(linear=True):
+            if one.whole and one.id not in found and work.time_left() > 0:
+                found[one.id] = work.nearest(one.id, clip=self.clip)
         return found
 
 
@@ -117,6 +122,8 @@ class _Search:
                 fold = find_fold(work.view, group)
                 self.groups[sites[0].id] = _Group(sites, fold)
         self.found: dict[str, _Found] = {}
+        self.grids: dict[str, tuple[Tensor, Tensor | None]] = {}
+        """By leader, of the scaled weight; in the end of the transformed one."""
         self.scale_of: dict[str, Tensor] = {}
 
     def run(self) -> dict[str, Any]:
@@ -156,6 +163,7 @@ class _Search:
             earlier = kept[group.key]
             if earlier is not None:
                 found = _read(*earlier)
+                self.grids |= found.grids
             elif self.work.time_left() <= 0 or group.key not in inputs:
                 continue
             else:
@@ -173,19 +181,17 @@ class _Search:
         work, method = self.work, self.method
         weights = {site.id: work.weight(site.id).float() for site in group.sites}
         plain = self.error(group, weights, inputs, None)
-        best: tuple[float, Tensor | None, tuple[float, float]] = (plain, None, (0.0, 0.0))
+        best: tuple[float, Tensor | None, float] = (plain, None, 0.0)
         if isinstance(group.fold, Fold):
             half = any(work.weight(site.id).element_size() == 2 for site in group.sites)
-            for scale, powers in candidates(
-                group.fold, inputs, list(weights.values()), group.sites[0].format.group, method.steps, half
-            ):
+            for scale, power in candidates(group.fold, inputs, method.steps, half):
                 lost = self.error(group, weights, inputs, scale)
                 if lost < best[0]:
-                    best = (lost, scale, powers)
+                    best = (lost, scale, power)
             if group.fold.kind == "input" and best[0] > (1 - method.worth) * plain:
-                best = (plain, None, (0.0, 0.0))
-        lost, scale, (a, b) = best
-        details: dict[str, Any] = {"input_error": plain, "scaled_error": lost, "alpha": a, "beta": b}
+                best = (plain, None, 0.0)
+        lost, scale, power = best
+        details: dict[str, Any] = {"input_error": plain, "scaled_error": lost, "alpha": power}
         if isinstance(group.fold, str):
             details["not_scaled"] = group.fold
         elif scale is not None:
@@ -193,10 +199,10 @@ class _Search:
         grids = {}
         seen = inputs if scale is None else inputs.scaled(scale)
         for site in group.sites:
-            if site.leader == site.id:
+            if site.leader not in self.grids:
                 w = weights[site.id] if scale is None else weights[site.id] * scale
                 found = self.best_grid(w, site, seen.second, 20)
-                grids[site.id] = found.scale, found.zero
+                self.grids[site.leader] = grids[site.leader] = found.scale, found.zero
         return _Found(scale, grids, details)
 
     def error(self, group: _Group, weights: Mapping[str, Tensor], inputs: Inputs, scale: Tensor | None) -> float:
@@ -206,7 +212,7 @@ class _Search:
         for site in group.sites:
             w = _thin(weights[site.id], ROWS)
             scaled = w if scale is None else w * scale
-            q = self.best_grid(scaled, site, second, TRIED).dequantize()
+            q = self.best_grid(scaled, site, second, TRIED.get(site.format.bits, 1)).dequantize()
             bits = site.format.activations
             if bits:
                 x = inputs.sample
@@ -227,13 +233,13 @@ class _Search:
         """What the layer computes with, for an input that is not scaled."""
         w = self.work.weight(site.id)
         wide = w.float() if found.scale is None else w.float() * found.scale
-        q = grid.round_weight(wide, site.format, *found.grids[site.leader]).dequantize()
+        q = grid.round_weight(wide, site.format, *self.grids[site.leader]).dequantize()
         return (q if found.scale is None else q / found.scale).to(w.dtype)
 
     def apply(self) -> dict[str, Any]:
         """Fold the scales, and leave the grids of the transformed weights for the rounding."""
         view = self.work.view
-        grids = {site: both for found in self.found.values() for site, both in found.grids.items()}
+        grids = self.grids
         kinds: dict[str, int] = {}
         for group in self.groups.values():
             found = self.found.get(group.key)
@@ -268,23 +274,15 @@ class _Search:
         }
 
 
-def candidates(
-    fold: Fold, inputs: Inputs, weights: Sequence[Tensor], group: int, steps: int, half: bool
-) -> Iterator[tuple[Tensor, tuple[float, float]]]:
-    """Scales (K,) float32 and their powers (a, b), equal over channels that must share theirs.
-
-    group: columns with one grid. half: powers of two only.
-    """
+def candidates(fold: Fold, inputs: Inputs, steps: int, half: bool) -> Iterator[tuple[Tensor, float]]:
+    """Scales (K,) float32 and their power a, equal over channels that must share theirs. half: powers of two only."""
     x = fold.shared(inputs.mean_abs, "mean")
     x = x.clamp_min(float(x.amax()) * 1e-4 + _LEAST)
-    w = fold.shared(mean_weight(weights, group), "mean").clamp_min(1e-4)
-    powers = [(step / steps, 0.0) for step in range(1, steps + 1)]
-    powers += [(step / steps, 1 - step / steps) for step in range(steps)]
-    for a, b in powers:
-        scale = x.pow(a) / w.pow(b)
+    for step in range(1, steps + 1):
+        scale = x.pow(step / steps)
         scale = (scale / (scale.amax() * scale.amin()).sqrt()).clamp(1 / REACH, REACH)
         # A vectorised power may differ in the last bit between equal numbers at different places.
-        yield fold.shared(scale.log2().round().exp2() if half else scale), (a, b)
+        yield fold.shared(scale.log2().round().exp2() if half else scale), step / steps
 
 
 def _thin(w: Tensor, rows: int) -> Tensor:
