@@ -91,6 +91,7 @@ class QuantizedLinearTritonSpec(KernelSpec):
     def candidates(self, target: str) -> list[QuantizedLinearTritonSpec]:
         """The spec, then a few with other tiles."""
         found = [self]
+        changes: dict[str, Any]
         for changes in (
             {"block_m": min(256, self.block_m * 2), "num_warps": min(8, self.num_warps * 2)},
             {"block_n": max(16, self.block_n // 2)},
@@ -137,9 +138,14 @@ def tiles(spec: QuantizedLinearTritonSpec, *, large: bool) -> QuantizedLinearTri
     block_m = 64 if spec.gated else 128
     # Sums of integers and of their products with scales are held at once.
     block_n = 64 if not large or spec.gated or integers(spec) else 128
-    warps, stages = (8, 3) if large else (4, 2)
-    changes = {"block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages}
-    return dataclasses.replace(spec, **changes)
+    return dataclasses.replace(
+        spec,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        num_warps=8 if large else 4,
+        num_stages=3 if large else 2,
+    )
 
 
 def entries(spec: QuantizedLinearTritonSpec) -> list[dict[str, Any]]:

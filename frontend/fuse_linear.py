@@ -45,22 +45,28 @@ _VIEWS = frozenset(
 )
 
 
+_Layers = tuple[Any, ...]
 _LAYERS = (_ops.linear.default, _ops.linear_fused.default, _ops.quantized_linear.default)
+_PACKED = (_ops.quantized_linear.default,)
 _LISTS = ("weights", "codes", "scales", "zeros", "biases", "rows")  # arguments with an item for each weight
 
 
-def fuse(module: torch.fx.GraphModule) -> int:
+def fuse(module: torch.fx.GraphModule, *, packed_only: bool = False) -> int:
     """Form ``tilewright::linear_fused`` nodes from raised ones, in place, and give ``tilewright::quantized_linear``
     nodes what follows them. Returns how many calls do more than one layer.
 
     A linear layer takes up an activation and then a residual sum where it is the only one that feeds them; two layers
     take up the ``gated_mlp`` they alone feed; layers that share an input become one whose result is split. A node has
     the site of its first linear layer. Nothing is fused across a write in place, or out of or into an autocast region.
+
+    packed_only: for a GPU, where only layers with packed weights have such kernels, and each has a launch of its own:
+    plain layers, and layers that merely share an input, stay as they are.
     """
     view = GraphView(module)
-    count = 0
-    for step in (_gates, _activations, _residuals, _siblings):
-        count += step(view)
+    layers = _PACKED if packed_only else _LAYERS
+    count = _gates(view, layers) + _activations(view, layers) + _residuals(view, layers)
+    if not packed_only:
+        count += _siblings(view)
     if count:
         module.graph.lint()
         module.recompile()
@@ -114,10 +120,10 @@ def _call(view: GraphView, parts: dict[str, Any]) -> Node:
     return view.graph.call_function(op, args, {a.name: parts[a.name] for a in schema if a.kwarg_only})
 
 
-def _feeds_only(item: Any, user: Node, view: GraphView) -> tuple[Node, list[Node]] | None:
+def _feeds_only(item: Any, user: Node, view: GraphView, layers: _Layers) -> tuple[Node, list[Node]] | None:
     """The linear layer behind the chain of copies ``item``, and that chain, if nothing but ``user`` reads them."""
     node = peel(item)
-    if not isinstance(node, Node) or node.target not in _LAYERS:
+    if not isinstance(node, Node) or node.target not in layers:
         return None
     chain = [*chain_to(item, node), node]
     readers = {reader for one in chain for reader in one.users if not is_assertion(reader)} - set(chain)
@@ -149,11 +155,11 @@ def _describe(node: Node, origin: Node) -> None:
         set_site(node, site)
 
 
-def _gates(view: GraphView) -> int:
+def _gates(view: GraphView, layers: _Layers) -> int:
     count = 0
     for node in _calls(view, _ops.gated_mlp.default):
         given = arguments(node)
-        gate, up = _feeds_only(given["gate"], node, view), _feeds_only(given["up"], node, view)
+        gate, up = (_feeds_only(given[name], node, view, layers) for name in ("gate", "up"))
         if gate is None or up is None or gate[0] is up[0]:
             continue
         left, right = _parts(gate[0]), _parts(up[0])
@@ -173,11 +179,11 @@ def _activation(node: Node) -> str | None:
     return _ACTIVATIONS.get(node.target)
 
 
-def _activations(view: GraphView) -> int:
+def _activations(view: GraphView, layers: _Layers) -> int:
     count = 0
     for node in _calls(view, aten.gelu.default, *_ACTIVATIONS):
         name = _activation(node)
-        found = _feeds_only(node.args[0], node, view)
+        found = _feeds_only(node.args[0], node, view, layers)
         if name is None or found is None:
             continue
         parts = _parts(found[0])
@@ -187,13 +193,13 @@ def _activations(view: GraphView) -> int:
     return count
 
 
-def _residuals(view: GraphView) -> int:
+def _residuals(view: GraphView, layers: _Layers) -> int:
     count = 0
     for node in _calls(view, aten.add.Tensor):
         if arguments(node)["alpha"] != 1:
             continue
         for item, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
-            found = _feeds_only(item, node, view)
+            found = _feeds_only(item, node, view, layers)
             if found is None or peel(other) is found[0] or not _like(other, node) or not _like(found[0], node):
                 continue
             parts = _parts(found[0])

@@ -166,11 +166,13 @@ def lower(module: torch.fx.GraphModule, requested: Target, rest: Rest) -> tuple[
 
 
 def _fuse(module: torch.fx.GraphModule, requested: Target) -> None:
-    """Join what one native kernel computes in one go."""
-    if requested not in ("auto", "cpp") or any(_device(node) != "cpu" for node, _ in canonical_nodes(module)):
-        return
-    fuse_linear.fuse(module)
-    fuse_residual.fuse(module)
+    """Join what one kernel computes in one go."""
+    devices = {_device(node) for node, _ in canonical_nodes(module)}
+    if requested in ("auto", "cpp") and devices == {"cpu"}:
+        fuse_linear.fuse(module)
+        fuse_residual.fuse(module)
+    elif requested in ("triton", "triton-interpret") or (requested == "auto" and devices == {"cuda"}):
+        fuse_linear.fuse(module, packed_only=True)
 
 
 def _pack(module: torch.fx.GraphModule, requested: Target) -> None:

@@ -197,6 +197,7 @@ def test_a_compiled_model_runs_them(options: dict) -> None:
     )
     kinds = sorted(use.spec.kind for use in ours.kernels)
     assert kinds == ["quantized_embedding", "quantized_linear_triton", "quantized_linear_triton"]
+    assert [use.spec.activation for use in ours.kernels if use.op == "quantized_linear"] == ["silu", "none"]
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), plain(ids), rtol=1e-3, atol=1e-4)
         assert (ours(ids) - model(ids)).abs().max() > 1e-3  # it is quantized
