@@ -124,7 +124,7 @@ class Learner(nn.Module):
                     size = weight.abs().clamp_min(1e-6 + weight.abs().max() * 1e-4)
                     log.copy_(-size[distinct].log().float())
 
-    def fit_ratios(self, seconds: Mapping[Node, Tensor] | None = None) -> None:
+    def fit_ratios(self) -> None:
         """Look for the grids' reach anew, for the weights as they are turned now."""
         with torch.no_grad():
             matrices, scales = self.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,10 @@ class FakeQuantized(torch.autograd.Function):
         return back.flatten(1)[:, :columns], None, None, None
 
 
+ROWS, STEPS, LEAST = 64, 10, 0.4
+"""Of a layer that its grids' reach is fitted on, and the shares of the whole range that are tried."""
+
+
 @dataclass
 class LearntWeight:
     """What a linear layer computes with at one step.
@@ -117,11 +122,16 @@ class LearntWeight:
             x = grid.fake_quantize_activations(x, self.format.activations)
         return functional.linear(x.to(w.dtype), w, None if bias is None else bias.to(w.dtype)).to(x.dtype)
 
-    def fit_ratio(self, w: Tensor, weight: Tensor | None = None) -> None:
-        """Look for the ratio with the least squared error of ``w`` as it is now."""
+    def fit_ratio(self, w: Tensor) -> None:
+        """Look for the ratio, one for the whole layer, with the least squared error of ``w`` as it is now.
+
+        On some of its rows: the groups of a layer are alike, and the final rounding looks at each of them.
+        """
         assert self.format is not None
-        w = w.detach().float()
-        scale, _ = grid.search_grid(w, self.format, weight, whole=self.whole, steps=6)
-        lower, upper = grid.ranges(w, self.format, whole=self.whole)
-        full, _ = grid.grid(lower, upper, self.format)
-        self.ratio = scale.float() / full.float()
+        rows = w.detach()[:: max(1, len(w) // ROWS)].float()
+        lower, upper = grid.ranges(rows, self.format, whole=self.whole)
+        best = (math.inf, 1.0)
+        for share in torch.linspace(1, LEAST, STEPS).tolist() if self.format.bits < 8 else [1.0]:
+            found = grid.round_weight(rows, self.format, *grid.grid(lower * share, upper * share, self.format))
+            best = min(best, (float(grid.error(rows, found).sum()), share))
+        self.ratio = torch.full((len(w), self.format.groups(w.shape[1])), best[1])

@@ -27,7 +27,7 @@ from .grid import QuantizedWeight
 CHECK = 25
 """Steps between two looks at the held-out inputs, where the grids' reach is fitted anew and the state is kept."""
 _KEY = "ostquant"
-_GROUPS = 8
+_GROUPS = 4
 """Groups of layers whose utilization is measured."""
 _SHARE = 0.8
 """Of the time budget, for learning; rounding takes the rest."""
@@ -175,7 +175,8 @@ class _Session:
             loss = self.check(learner, held)
             chosen = "identity" if start == "identity" else "hadamard"
             losses = {chosen: round(loss, 6)}
-            if start == "auto" and self.plan.sizes:
+            spent = time.monotonic() - self.begin
+            if start == "auto" and self.plan.sizes and self.left() > 2 * spent:
                 other = self.learner(identity=True)
                 other.fit_ratios()
                 losses["identity"] = round(self.check(other, held), 6)
@@ -316,7 +317,9 @@ def utilization(work: Calibration, sites: Sequence[WeightSite]) -> dict[str, flo
     """QSUR per dimension, mean over some groups of layers: of their weights' rows, and of their input's tokens."""
     groups = [[n for n in g.linears if any(s.node is n for s in sites)] for g in find_groups(work.view)]
     groups = [g for g in groups if g]
-    chosen = groups[:: max(1, len(groups) // _GROUPS)][:_GROUPS]
+    # Each of another kind, where layers repeat.
+    count = min(_GROUPS, len(groups))
+    chosen = [groups[min(len(groups) - 1, i * len(groups) // count + i)] for i in range(count)]
     by_node = {site.node: site for site in sites}
     seen: list[float] = []
 
