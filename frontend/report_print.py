@@ -208,8 +208,11 @@ def _sites(one: Any) -> list[RenderableType]:
         ("what", {}),
     )
     for group in group_sites(one.matched, lambda r: (r.source, r.kernel)):
-        what = Text(format_error(worst_error(r.error for r in group.rows)))
-        what.append(f"\n{group.rows[0].kernel or 'reference form'}", style="dim")
+        if one.error is not None:  # no site is by itself: the graph was edited as a whole
+            what = Text("validated on the model's outputs")
+        else:
+            what = Text(format_error(worst_error(r.error for r in group.rows)))
+            what.append(f"\n{group.rows[0].kernel or 'reference form'}", style="dim")
         details = shared_details(group)
         if details:
             what.append("\n" + ", ".join(f"{k}={_brief(v)}" for k, v in details.items()), style="dim")

@@ -218,7 +218,7 @@ class Quantize(Pass):
         method = self.rounding
         if method.needs_calibration and calibration.leaders(linear=True):
             calibration.check_rows(method.name, method.least_rows)
-        rounded = method.round(calibration)
+        rounded = method.round(calibration) if calibration.sites else {}
         for key in (_BUDGET, _BITS):
             work.view.module.meta.pop(key, None)
         for site in calibration.leaders():

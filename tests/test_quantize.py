@@ -237,11 +237,8 @@ def test_weights_computed_from_parameters_are_taken_and_others_declined():
 
 
 def test_weights_that_are_inputs_are_declined_with_the_remedy():
-    compiled = tw.compile(Small(), [Quantize()], rest="eager", target="reference")
-    compiled(IDS)
-    assert "give compile() example inputs" in reasons(compiled)["up/linear"]
     strict = tw.compile(Small(), [Quantize()], rest="eager", target="reference", strict=True)
-    with pytest.raises(PassChangedNothing, match="example inputs"):
+    with pytest.raises(PassChangedNothing, match=r"an input of the graph.*give compile\(\) example inputs"):
         strict(IDS)
 
 

@@ -35,7 +35,7 @@ def levels(found: grid.QuantizedWeight) -> Tensor:
     return torch.stack(every, -1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     form=st.sampled_from([f for f in FORMATS if f.bits < 8] + [FORMATS[0], FORMATS[4]]),
     rows=st.integers(1, 4),
@@ -84,6 +84,16 @@ def test_the_least_and_greatest_that_a_grid_reaches():
     assert whole[0].tolist() == [[-4.0], [-4.0]] and whole[1].tolist() == [[4.0], [4.0]]
     scale, zero = grid.grid(*grid.ranges(w, WeightFormat(4)), WeightFormat(4, scales="float32"))
     assert torch.equal(scale, torch.tensor([[3 / 7.5], [4 / 7.5]])) and zero is None
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.bits}-{f.group}-{f.zero}")
+def test_a_transposed_weight_gives_the_same_bytes(form):
+    """As GPT-2 keeps its weights."""
+    w = matrix(64, 64)
+    plain, moved = grid.round_weight(w, form), grid.round_weight(w.t().contiguous().t(), form)
+    for one, other in ((plain.packed(), moved.packed()), (plain.scale, moved.scale), (plain.zero, moved.zero)):
+        if one is not None:
+            assert torch.equal(one, other) and other.is_contiguous()
 
 
 def test_a_short_last_group_has_its_own_range():

@@ -47,7 +47,7 @@ class QuantizedWeight:
 
     def packed(self) -> Tensor:
         """The codes as bytes in the format's layout."""
-        return quantized_weight.pack(self.codes, self.format)
+        return quantized_weight.pack(self.codes, self.format).contiguous()
 
     @property
     def nbytes(self) -> int:
