@@ -9,7 +9,7 @@ from . import weight_format
 from .linear import ACTIVATIONS, MOST_WEIGHTS
 from .spec import DTYPES, KernelSpec, require, require_choice
 
-FEW = 4
+FEW = 8
 """Rows of x up to which the native kernel reads a weight's codes once and multiplies them by all rows."""
 
 
