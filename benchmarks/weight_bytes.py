@@ -31,7 +31,7 @@ import torch
 from ..frontend.compile import compile
 from ..frontend.constants import give_memory_back
 from ..frontend.import_checkpoint import load_quantized
-from ..frontend.models import load_model
+from ..frontend.models import BUNDLED, bundled_folder
 from ..frontend.save import load, save
 from ..passes import KVCache, Pass, Quantize
 from . import machine
@@ -75,16 +75,26 @@ def _compiled(model: torch.nn.Module, passes: list[Pass]) -> Any:
     return compile(model, [*passes, KVCache(max_length=ROOM)], rest="eager", validate=False)
 
 
+def _float(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """From the float32 checkpoint, once that is made; from the bundled GGUF before."""
+    from transformers import AutoModelForCausalLM
+
+    made = folder / next(iter(CHECKPOINTS))
+    where, more = (made, {}) if made.is_dir() else (bundled_folder(MODEL), {"gguf_file": BUNDLED[MODEL].gguf})
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, **more)
+    return model.eval()
+
+
 def make(way: str, folder: Path) -> dict[str, Any]:
     """Write the file of one way; the whole work happens here, so the peak is that of quantizing."""
     if way in CHECKPOINTS:
-        load_model(MODEL, dtype=CHECKPOINTS[way]).model.save_pretrained(folder / way)
+        _float(folder, CHECKPOINTS[way]).save_pretrained(folder / way)
         return {}
     kind = FILES[way]
     if kind == "GGUF":
         compiled = _compiled(load_quantized(MODEL).model, [])
     else:
-        compiled = _compiled(load_model(MODEL).model, BITS[kind])
+        compiled = _compiled(_float(folder), BITS[kind])
     compiled.release()
     save(compiled, folder / way)
     return {"report": compiled.report.weights}
@@ -96,9 +106,9 @@ def bring(way: str, folder: Path) -> tuple[Callable[..., Any], Any]:
         compiled = _compiled(load_quantized(MODEL).model, []).release()
         return compiled, compiled.report.weights
     if way in CHECKPOINTS:
-        import transformers
+        from transformers import AutoModelForCausalLM
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder / way, dtype=CHECKPOINTS[way]).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder / way, dtype=CHECKPOINTS[way]).eval()
         tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
         return model, {"after": sum(tensors.values())}
     loaded = load(folder / way)
@@ -177,6 +187,12 @@ def main(arguments: list[str]) -> int:
                     return 1
                 rows.append(json.loads(done.stdout.splitlines()[-1]))
                 print(stage, way, f"{rows[-1]['seconds']:.1f} s", flush=True)
+    write(rows, options.output)
+    return 0
+
+
+def write(rows: list[dict[str, Any]], output: Path | None) -> None:
+    """Print the table, and write the JSON where an output is named."""
     study = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": machine.versions(),
@@ -184,9 +200,8 @@ def main(arguments: list[str]) -> int:
         "rows": rows,
     }
     print(table(study))
-    if options.output:
-        options.output.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-    return 0
+    if output:
+        output.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -56,19 +56,20 @@ class Decoding:
             lifted.paged,
             program.owner.max_length,
             program.table,
-            "position_ids" in lifted.inputs and not program.turns_keys and program.skips_padding,
+            # Asked of the model only where a call would ask it.
+            program.form.has_mask
+            and "position_ids" in lifted.inputs
+            and not program.turns_keys
+            and program.skips_padding,
             shell_of(program.program.model),
             program.owner,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Raises :class:`SaveError` for a model that is not transformers' own and for constants that JSON lacks."""
-        model = shell_to_json(self.model)
-        if model is None:
-            raise SaveError(
-                f"a decoder with a KV cache is saved with its config, and {type(self.model).__name__} is no model of "
-                "transformers: save the model and compile it again"
-            )
+        """Class and config are those of transformers' own models; others go without, and have no ``generate`` then.
+
+        Raises :class:`SaveError` for constants that JSON lacks.
+        """
         form = dataclasses.asdict(self.form)
         for name, value in form["constants"].items():
             if not isinstance(value, bool | int | float | str):
@@ -78,7 +79,7 @@ class Decoding:
             kind = next(name for name, one in _SITES.items() if type(site) is one)
             sites.append({"kind": kind, **dataclasses.asdict(site), "dtype": str(site.dtype).removeprefix("torch.")})
         rest = {n: getattr(self, n) for n in ("inputs", "paged", "max_length", "table", "skips_padding")}
-        return {"form": form, "sites": sites, "model": model, **rest}
+        return {"form": form, "sites": sites, "model": shell_to_json(self.model), **rest}
 
     @staticmethod
     def from_json(row: Mapping[str, Any], training: bool) -> Decoding:

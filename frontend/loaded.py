@@ -71,7 +71,7 @@ class LoadedModule(torch.nn.Module):
 
     @property
     def config(self) -> Any:
-        """The model's config. Only of a decoder with a KV cache."""
+        """The model's config. Only of a decoder with a KV cache that is one of transformers."""
         return self._shell().config
 
     @property

@@ -50,10 +50,13 @@ def shell_to_json(model: nn.Module) -> dict[str, Any] | None:
 
 
 def shell_from_json(row: Any, training: bool) -> nn.Module:
-    """Undoes :func:`shell_to_json`. Only public model classes of transformers are looked up, nothing else is run.
+    """Undoes :func:`shell_to_json`; a plain module for None.
 
-    Raises :class:`~tilewright.runtime.errors.SaveError` for a class that this transformers does not have.
+    Only public model classes of transformers are looked up, nothing else is run. Raises
+    :class:`~tilewright.runtime.errors.SaveError` for a class that this transformers does not have.
     """
+    if row is None:
+        return nn.Module().train(training)
     try:
         package = importlib.import_module(PACKAGE)
     except ImportError as error:

@@ -65,6 +65,10 @@ def test_generate_with_bart(tmp_path: Path) -> None:
     module = compiled(model)
     given = source()
     same_tokens(model, module, given)
+    with pytest.raises(errors.SaveError, match="encoder runs as the model's own"):
+        tilewright.save(module, tmp_path / "m")
+    with pytest.raises(errors.BadArgument, match="cannot be released"):
+        module.release()
 
     # The encoder, keys and values of cross-attention: once a generation.
     encoded, made = [], []

@@ -371,6 +371,14 @@ def test_options_and_combinations():
         tw.compile(tiny.llama(), passes=[KVCache(max_length=8)], example_inputs=(torch.zeros(1, 2, 3),))
 
 
-def test_a_decoder_with_a_cache_is_not_saved(tmp_path):
-    with pytest.raises(errors.SaveError, match="KV cache"):
-        tw.save(decoders.compiled("llama"), tmp_path / "x.tw")
+def test_a_model_of_ones_own_is_saved_without_generate(tmp_path):
+    compiled = compile_decoder()
+    ids = torch.randint(50, (2, 9))
+    loaded = tw.load(tw.save(compiled, tmp_path / "x.tw"))
+    cache, other = loaded.new_cache(), compiled.new_cache()
+    for a, b in ((0, 4), (4, 9)):
+        assert torch.equal(loaded(ids[:, a:b], past_key_values=cache), compiled(ids[:, a:b], past_key_values=other))
+    with pytest.raises(errors.BadArgument, match="has no generate"):
+        loaded.generate(ids)
+    with pytest.raises(errors.CacheFull, match="room for 32"):
+        loaded(torch.zeros(1, 40, dtype=torch.int64))
