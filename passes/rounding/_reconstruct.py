@@ -32,6 +32,12 @@ HESSIAN_ROWS = 16384
 """Tokens that go into the second moments of a layer's input."""
 
 
+SLACK = 0.05
+"""How far time may be ahead of the steps, as shares of the whole, before it decides (what then does not repeat)."""
+RANGES = 13
+"""Ranges that the start's grids are chosen from."""
+
+
 class Rounder(nn.Module):
     """How one weight is rounded. Subclasses have parameters."""
 
@@ -126,22 +132,29 @@ def reconstruct(
 
     params = [group for rounder in rounders.values() for group in rounder.groups()]
     optimizer = torch.optim.Adam(params, betas=plan.betas, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, plan.steps))
     before = best = check()
     if not math.isfinite(before):
         raise QuantizationError("the rounded block gives NaN or infinite values", site=next(iter(rounders)))
     kept, at, begin, step = _state(rounders), 0, time.monotonic(), 0
+
+    def done() -> float:
+        # Where the time budget is what will end this, rates fall and offsets harden by it.
+        steps, spent = (step - 1) / max(1, plan.steps - 1), (time.monotonic() - begin) / plan.seconds
+        return steps if spent < steps + SLACK else min(1.0, spent)
+
+    rates = [group["lr"] for group in optimizer.param_groups]
     marks = {math.ceil(plan.steps * (i + 1) / plan.checks) for i in range(plan.checks)}
     for step, sample in zip(range(1, plan.steps + 1), _order(fitted, plan.seed), strict=False):
         with torch.enable_grad():
-            total = loss(sample, now((step - 1) / max(1, plan.steps - 1)))
+            total = loss(sample, now(share := done()))
             for rounder in rounders.values():
                 extra = rounder.penalty()
                 total = total if extra is None else total + extra
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * share))
         optimizer.step()
-        schedule.step()
         progress(step)
         late = time.monotonic() - begin > plan.seconds
         if step in marks or late:
@@ -217,7 +230,7 @@ def start(w: Tensor, site: WeightSite, moment: Tensor | None, *, feedback: bool,
     reach: a size of weights that grids may end at too, where that makes the error smaller.
     """
     weight, fmt = None if moment is None else moment.diagonal(), site.format
-    scale, zero = grid.search_grid(w.float(), fmt, weight, whole=site.whole)
+    scale, zero = grid.search_grid(w.float(), fmt, weight, whole=site.whole, steps=RANGES)
     if reach is not None:
         lower, upper = grid.ranges(w.float(), fmt, whole=site.whole)
         found = grid.round_weight(w.float(), fmt, *grid.grid(lower.clamp(min=-reach), upper.clamp(max=reach), fmt))

@@ -192,8 +192,7 @@ def _window(
     rounders = {leader: one.rounder for leader, one in state.open.items() if leader in own}
     if not rounders:
         return
-    seconds = share - (time.monotonic() - began)
-    if not recipe.steps or seconds <= 0:
+    if not recipe.steps or share <= time.monotonic() - began:
         _tell(state, walk.blocks, window, {"steps": 0}, time.monotonic() - began)
         return
     targets = [hidden_values(window, made) for made in walk.targets(window, precision=precision)]
@@ -202,7 +201,7 @@ def _window(
         seed=work.seed + index,
         held=min(4, max(1, len(walk) // 12)),
         precision=precision,
-        seconds=seconds,
+        seconds=max(1e-3, share - (time.monotonic() - began)),
     )
     outcome = reconstruct(
         window,

@@ -186,9 +186,9 @@ class CBQ(Method):
     window: int = 2
     overlap: int = 1
     rank: int = 5
-    steps: int = 100
-    lr: float = 1e-2
-    lr_step: float = 2e-3
+    steps: int = 60
+    lr: float = 2e-3
+    lr_step: float = 1e-3
     kl: float = 1.0
     regulariser: float = 1e-3
     scaling: bool = True

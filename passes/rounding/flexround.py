@@ -126,9 +126,9 @@ class FlexRound(Method):
     name: ClassVar[str] = "flexround"
     needs_calibration: ClassVar[bool] = True
 
-    steps: int = 200
-    lr: float = 2e-3
-    lr_step: float = 2e-3
+    steps: int = 160
+    lr: float = 5e-3
+    lr_step: float = 1e-3
     feedback: bool = True
     precision: Precision = "auto"
 
