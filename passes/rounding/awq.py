@@ -6,6 +6,7 @@ section 3.2; the search of clipping ranges is that of the authors' published cod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,9 +26,10 @@ GRIDS = "tilewright_awq"
 """Key of the graph module's metadata: site id -> (scale, zero) that were chosen for the transformed weight."""
 ROWS = 512
 """Output rows of a weight that stand for all of them while scales are compared."""
-TRIED = {2: 6}
-"""Bits -> ranges that are tried for each group while scales are compared; else 1, and 20 for the scale that wins. Only
-grids of 2 bits are so coarse that what is lost without clipping says nothing about what is lost with it."""
+TRIED, CHECKED, CHOSEN = {2: 6}, 6, 20
+"""Ranges that are tried for each group of columns: by bits while scales are compared (else 1, the whole range: scales
+chosen so turned out better for the blocks' outputs); while the best scale is compared with none; for the grid at last.
+"""
 REACH = 1024.0
 """Scales stay between its inverse and it."""
 _LEAST = 1e-12
@@ -180,17 +182,21 @@ class _Search:
         """The scale with the least error for a group, and the grids of its weights."""
         work, method = self.work, self.method
         weights = {site.id: work.weight(site.id).float() for site in group.sites}
-        plain = self.error(group, weights, inputs, None)
-        best: tuple[float, Tensor | None, float] = (plain, None, 0.0)
+        plain = lost = self.error(group, weights, inputs, None, CHECKED)
+        scale, power = None, 0.0
         if isinstance(group.fold, Fold):
             half = any(work.weight(site.id).element_size() == 2 for site in group.sites)
-            for scale, power in candidates(group.fold, inputs, method.steps, half):
-                lost = self.error(group, weights, inputs, scale)
-                if lost < best[0]:
-                    best = (lost, scale, power)
-            if group.fold.kind == "input" and best[0] > (1 - method.worth) * plain:
-                best = (plain, None, 0.0)
-        lost, scale, power = best
+            found = list(candidates(group.fold, inputs, method.steps, half))
+            tried = min(TRIED.get(site.format.bits, 1) for site in group.sites)
+            best = min(found, key=lambda one: self.error(group, weights, inputs, one[0], tried))
+            least = plain * (1 - method.worth if group.fold.kind == "input" else 1)
+            # Where clipping mends more than that scale does, a smaller power may go with it.
+            for one in itertools.chain([best], found[:: -(-len(found) // 5)]):
+                error = self.error(group, weights, inputs, one[0], CHECKED)
+                if error < min(lost, least):
+                    (scale, power), lost = one, error
+                if one is best and scale is not None:
+                    break
         details: dict[str, Any] = {"input_error": plain, "scaled_error": lost, "alpha": power}
         if isinstance(group.fold, str):
             details["not_scaled"] = group.fold
@@ -201,18 +207,20 @@ class _Search:
         for site in group.sites:
             if site.leader not in self.grids:
                 w = weights[site.id] if scale is None else weights[site.id] * scale
-                found = self.best_grid(w, site, seen.second, 20)
-                self.grids[site.leader] = grids[site.leader] = found.scale, found.zero
+                chosen = self.best_grid(w, site, seen.second, CHOSEN)
+                self.grids[site.leader] = grids[site.leader] = chosen.scale, chosen.zero
         return _Found(scale, grids, details)
 
-    def error(self, group: _Group, weights: Mapping[str, Tensor], inputs: Inputs, scale: Tensor | None) -> float:
+    def error(
+        self, group: _Group, weights: Mapping[str, Tensor], inputs: Inputs, scale: Tensor | None, tried: int
+    ) -> float:
         """How far the outputs of the group's layers are off with rounded weights, as a share of their mean square."""
         lost = total = 0.0
         second = inputs.second if scale is None else inputs.second / scale.square()
         for site in group.sites:
             w = _thin(weights[site.id], ROWS)
             scaled = w if scale is None else w * scale
-            q = self.best_grid(scaled, site, second, TRIED.get(site.format.bits, 1)).dequantize()
+            q = self.best_grid(scaled, site, second, tried).dequantize()
             bits = site.format.activations
             if bits:
                 x = inputs.sample
