@@ -95,11 +95,11 @@ class _Seen:
 
 
 def observe(
-    window: Window, samples: Sequence[Any], sites: Sequence[str], sample: int, feed: Feed | None = None
+    window: Window, samples: Sequence[Any], sites: Sequence[str], sample: int, feed: Feed | None = None, **options: Any
 ) -> dict[str, Inputs]:
     """What ``sites`` read when ``window`` runs on each of ``samples`` (boundary values by name), by site id.
 
-    sample: rows to keep of each input. feed: as of :meth:`Window.run`; the inputs are those before it.
+    sample: rows to keep of each input. feed, options: as of :meth:`Window.run`; the inputs are those before feed.
     """
     seen = {site: _Seen(sample, len(samples)) for site in sites}
 
@@ -110,7 +110,7 @@ def observe(
 
     with torch.no_grad():
         for values in samples:
-            window.run(values, feed=look)
+            window.run(values, feed=look, **options)
     return {site: one.inputs() for site, one in seen.items() if one.rows}
 
 

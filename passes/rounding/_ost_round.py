@@ -8,19 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..execute import protect
 from . import grid
 from ._feedback import feed_back
 from ._moments import Inputs, clipped, observe
 from .base import Calibration, WeightSite
-from .blocks import Walk, Window, split
+from .blocks import Window, calm, split
 from .grid import QuantizedWeight
+
+STEPS = 12
+"""Ranges that are tried for each group."""
 
 
 class Rounding:
-    """One run over the blocks of a graph, along the path of the rounded model. found: codes by site id."""
+    """One run over the blocks of a graph, along the path of the rounded model. found: codes by site id.
 
-    def __init__(self, work: Calibration) -> None:
-        self.work = work
+    precision: what linear layers and attention compute in on the way; None for the model's own.
+    """
+
+    def __init__(self, work: Calibration, precision: torch.dtype | None = None) -> None:
+        self.work, self.precision = work, precision
         self.sites = {site.id: site for site in work.sites.values() if site.linear}
         self.found: dict[str, QuantizedWeight] = {}
 
@@ -28,18 +35,24 @@ class Rounding:
         work = self.work
         blocks = split(work.view, [site.context for site in self.sites.values()])
         names = [node.name for node in blocks.module.graph.find_nodes(op="placeholder")]
-        start = [dict(zip(names, batch, strict=True)) for batch in work.batches]
-        walk = Walk(blocks, work.batches, self.window("prefix", blocks.prefix(), start))
+        samples = [dict(zip(names, protect(blocks.module, batch), strict=True)) for batch in work.batches]
         total = len(blocks)
-        for index in range(total):
-            work.progress(index, total, "rounding blocks")
+        windows = [blocks.prefix(), *(blocks.window(i, i + 1) for i in range(total))]
+        for index, window in enumerate(windows):
+            work.progress(index, total + 1, "rounding blocks")
             if work.time_left() <= 0:
                 break
-            walk.advance(self.window(str(index), blocks.window(index, index + 1), walk.quantized), self.feed)
+            weights = self.window(str(index), window, samples)
+            live = set(blocks.boundary(index))
+            for values in samples:
+                with calm(blocks.module):
+                    values.update(window.run(values, weights=weights, feed=self.feed, precision=self.precision))
+                for name in [name for name in values if name not in live]:
+                    del values[name]
         else:
             if total:
-                self.window("suffix", blocks.suffix(), walk.quantized)
-        work.progress(total, total, "rounding blocks")
+                self.window("suffix", blocks.suffix(), samples)
+        work.progress(total + 1, total + 1, "rounding blocks")
         return self.found
 
     def feed(self, site: str, x: Tensor) -> Tensor:
@@ -55,7 +68,8 @@ class Rounding:
             if kept is not None:
                 self._restore(wanted, kept[0])
             else:
-                inputs = observe(window, samples, [site.id for site in wanted], 1, self.feed)
+                ids = [site.id for site in wanted]
+                inputs = observe(window, samples, ids, 1, self.feed, precision=self.precision)
                 for site in wanted:
                     self.found.setdefault(site.leader, round_site(self.work, site, inputs.get(site.id)))
                 self.work.keep(f"round/{name}", self._tensors(wanted))
@@ -82,7 +96,7 @@ def round_site(work: Calibration, site: WeightSite, inputs: Inputs | None) -> Qu
     w = work.weight(site.leader)
     if inputs is None:
         return work.nearest(site.leader, clip=True)
-    nearest = clipped(w, site.format, inputs.second, whole=site.whole)
+    nearest = clipped(w, site.format, inputs.second, whole=site.whole, steps=STEPS)
     if inputs.moments is None:
         return nearest
     moved = feed_back(w, inputs.moments, site.format, nearest.scale, nearest.zero)

@@ -57,7 +57,7 @@ class OSTQuant(Method):
 
     steps: of the optimiser, ``tokens`` of one calibration input each, ``batch`` of them. lr: of rotations, in radians a
     step and entry; lr_scale: of the logarithms of scales. streams, heads, scales: which transformations to use. start:
-    ``auto``, ``hadamard`` or ``identity``. precision: what the layers compute in while learning. rounding: of the
+    ``auto``, ``hadamard`` or ``identity``. precision: what layers compute in for calibration. rounding: of the
     transformed weights, ``feedback`` or ``nearest``.
     """
 
@@ -138,7 +138,7 @@ class OSTQuant(Method):
 
     def round(self, work: Calibration) -> dict[str, QuantizedWeight]:
         if self.rounding == "feedback":
-            return Rounding(work).run()
+            return Rounding(work, None if self.precision == "float32" else torch.bfloat16).run()
         return {site.id: work.nearest(site.id, clip=True) for site in each(work, work.leaders(linear=True), "rounding")}
 
     def rest(self, work: Calibration, site: str) -> QuantizedWeight:
