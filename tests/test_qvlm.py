@@ -41,7 +41,7 @@ def test_blocks_are_joined_where_the_entropy_is_high():
 )
 def test_the_search_beats_rounding_to_nearest(fmt):
     work = calibration(fmt)
-    found = rounded(work, QVLM(samples=2, ratios=(0.9, 0.75, 0.6)))
+    found = rounded(work, QVLM(samples=2, ratios=(0.9, 1.1)))
     assert set(found) == set(work.sites) and all(weight.format == fmt for weight in found.values())
     assert output_error(work, found) < 0.9 * output_error(work, {})
     rows = work.facts["windows"]
@@ -52,7 +52,7 @@ def test_the_search_beats_rounding_to_nearest(fmt):
 
 
 def test_runs_repeat_resume_and_stop(tmp_path):
-    fmt, method = WeightFormat(bits=3, group=32), QVLM(ratios=(0.9, 0.7))
+    fmt, method = WeightFormat(bits=3, group=32), QVLM(ratios=(0.9, 1.1))
     first = rounded(calibration(fmt, store=Store(tmp_path)), method)
     assert same(first, rounded(calibration(fmt), method))
     work = calibration(fmt, store=Store(tmp_path), deadline=time.monotonic() - 1)
@@ -62,7 +62,7 @@ def test_runs_repeat_resume_and_stop(tmp_path):
     assert work.facts["not_reached"] == [f"model.layers.{i}" for i in range(3)]
 
 
-@pytest.mark.parametrize("bad", [{"ratios": ()}, {"ratios": (1.5,)}, {"most": 0}, {"samples": 0}, {"join": -1.0}])
+@pytest.mark.parametrize("bad", [{"ratios": ()}, {"ratios": (2.5,)}, {"most": 0}, {"samples": 0}, {"join": -1.0}])
 def test_options_out_of_range_are_refused(bad):
     with pytest.raises(BadPassOption, match="qvlm"):
         QVLM(**bad)

@@ -71,14 +71,14 @@ class QVLM(Method):
     between them (section 3.2). So blocks are joined with the next one where the entropy of their output is high, and
     the rounding function of each layer is searched for the least error of its joint block's output (3.3).
 
-    The rounding function here is the range of the grid: a share of each group's largest weight, one for the layers that
-    share an input, or what each group's expected error is least with (the start). Candidates are tried a layer after
-    another and taken when the joint block's error falls, so the result is never worse than the start on the samples it
-    is searched with. Nothing is learnt: no gradients. Inputs come along the quantized path. Activations keep their
+    The rounding function here is the range of the grid. The start is, for each group, the range with the least expected
+    error; candidates are multiples of it, one for the layers that share an input. They are tried a layer after another
+    and taken when the joint block's error falls, so the result is never worse than the start on the samples it is
+    searched with. Nothing is learnt: no gradients. Inputs come along the quantized path. Activations keep their
     range, which kernels take from each token. The paper's changes to a visual encoder are not made; its blocks are
     searched like others and not joined with the language model's.
 
-    ratios: the shares to try. join: share of the boundaries between blocks that may be joined. most: blocks a joint
+    ratios: the multiples to try. join: share of the boundaries between blocks that may be joined. most: blocks a joint
     block has at most. rounds: over all its layers; a round that changes nothing is the last. samples: calibration
     batches to search with. precision: as in FlexRound.
     """
@@ -86,7 +86,7 @@ class QVLM(Method):
     name: ClassVar[str] = "qvlm"
     needs_calibration: ClassVar[bool] = True
 
-    ratios: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    ratios: tuple[float, ...] = (0.8, 0.9, 0.95, 1.05, 1.1, 1.2)
     join: float = 0.5
     most: int = 2
     rounds: int = 1
@@ -97,8 +97,8 @@ class QVLM(Method):
         check_options(self.name, most=(self.most, 1), rounds=(self.rounds, 0), samples=(self.samples, 1))
         check_options(self.name, join=(self.join, 0))
         object.__setattr__(self, "ratios", tuple(self.ratios))
-        if not self.ratios or not all(isinstance(r, int | float) and 0 < r <= 1 for r in self.ratios):
-            raise BadPassOption(f"quantize: qvlm: ratios are {self.ratios!r}, but must be numbers above 0 and up to 1")
+        if not self.ratios or not all(isinstance(r, int | float) and 0 < r <= 2 for r in self.ratios):
+            raise BadPassOption(f"quantize: qvlm: ratios are {self.ratios!r}, but must be numbers above 0 and up to 2")
 
     def round(self, work: Calibration) -> dict[str, QuantizedWeight]:
         blocks = cut(work)
@@ -167,23 +167,25 @@ class _Search:
         self.reader = {site: leader for leader, site in leaders.items()}
         self.groups = [g for group in window.shared_inputs if (g := [s for s in group if s in self.reader])]
         self.moments = second_moments(window, self.samples, weights=self.fixed, feed=feed, precision=self.precision)
-        self.now = {site: self._candidate(site, None) for site in self.reader}
+        self.start = {site: self._start(site) for site in self.reader}
+        self.now = dict(self.start)
 
     def found(self) -> dict[str, QuantizedWeight]:
         return {self.reader[site]: weight for site, weight in self.now.items()}
 
-    def _candidate(self, site: str, ratio: float | None) -> QuantizedWeight:
-        """The site's weight on grids that reach to ``ratio`` of the largest weight; None: to where each group's
-        expected error is the least."""
+    def _start(self, site: str) -> QuantizedWeight:
         one = self.work.sites[self.reader[site]]
-        w = self.work.weight(one.id).float()
-        if ratio is None:
-            moment = self.moments.get(site)
-            found = grid.search_grid(w, one.format, None if moment is None else moment.diagonal(), whole=one.whole)
-        else:
-            lower, upper = grid.ranges(w, one.format, whole=one.whole)
-            found = grid.grid(lower * ratio, upper * ratio, one.format)
+        w, moment = self.work.weight(one.id).float(), self.moments.get(site)
+        found = grid.search_grid(w, one.format, None if moment is None else moment.diagonal(), whole=one.whole)
         return grid.round_weight(w, one.format, *found)
+
+    def _candidate(self, site: str, ratio: float) -> QuantizedWeight:
+        """The site's weight on grids that reach ``ratio`` times as far from zero as the start's."""
+        one, start = self.work.sites[self.reader[site]], self.start[site]
+        zero = start.zero
+        if zero is not None and one.format.zero == "offset":
+            zero = zero.float() * ratio
+        return grid.round_weight(self.work.weight(one.id).float(), one.format, start.scale.float() * ratio, zero)
 
     def _loss(self, rounded: Mapping[str, QuantizedWeight]) -> float:
         made = {leader: rounded[site].dequantize() for site, leader in self.reader.items()}
