@@ -75,18 +75,24 @@ def _compiled(model: torch.nn.Module, passes: list[Pass]) -> Any:
     return compile(model, [*passes, KVCache(max_length=ROOM)], rest="eager", validate=False)
 
 
-def _float(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def _float(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """From the float32 checkpoint, once that is made; from the bundled GGUF before."""
     from transformers import AutoModelForCausalLM
 
     made = folder / next(iter(CHECKPOINTS))
-    where, more = (made, {}) if made.is_dir() else (bundled_folder(MODEL), {"gguf_file": BUNDLED[MODEL].gguf})
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(str(where), dtype=dtype, **more)
+    if made.is_dir():
+        return AutoModelForCausalLM.from_pretrained(str(made), dtype=dtype).eval()
+    packed = AutoModelForCausalLM.from_pretrained(str(bundled_folder(MODEL)), gguf_file=BUNDLED[MODEL].gguf)
+    config = packed.config
+    if hasattr(config, "quantization_config"):  # transformers refuses to save what it read from a GGUF file
+        del config.quantization_config
+    model = type(packed)(config).to(dtype)
+    model.load_state_dict(packed.state_dict())
     return model.eval()
 
 
 def make(way: str, folder: Path) -> dict[str, Any]:
-    """Write the file of one way; the whole work happens here, so the peak is that of quantizing."""
+    """Write the file of one way. The whole work happens here, so the peak is that of quantizing (and of saving)."""
     if way in CHECKPOINTS:
         _float(folder, CHECKPOINTS[way]).save_pretrained(folder / way)
         return {}

@@ -82,7 +82,7 @@ class CachedProgram:
     ) -> None:
         """max_length, table: of a decoder whose passes and graph metadata are gone."""
         self.program, self.form, self.lifted = program, form, lifted
-        self.whole = program if isinstance(program, ExportedProgram) else None
+        self.uncached = program if isinstance(program, ExportedProgram) else None
         """The graph without a cache, which gradients go through; None where only the decoding graph is left."""
         if max_length is None:
             max_length = getattr(cache_pass(options.passes), "max_length", UNLIMITED)
@@ -96,7 +96,7 @@ class CachedProgram:
             self.run = lifted.module
         if options.memory == "pool":
             self.run = memory.pooled(self.run)
-        self.table = table_end(lifted.module) if self.whole is not None else table
+        self.table = table_end(lifted.module) if self.uncached is not None else table
         self.turns_keys = any(site.layout.rotate for site in lifted.sites)
         self._last = torch.zeros(1, dtype=torch.int64, device=self.device)
 
@@ -120,8 +120,8 @@ class CachedProgram:
         """A few tokens, in chunks and one by one, must give what the whole graph gives for them at once."""
         named = self.form.example(self.program.model, self.device)
         ids = named[self.form.tokens]
-        assert self.whole is not None
-        whole = run_graph(self.whole.record.lowered, self.whole.flatten((), named))
+        assert self.uncached is not None
+        whole = run_graph(self.uncached.record.lowered, self.uncached.flatten((), named))
         want = next(t for t in pytree.tree_leaves(whole) if isinstance(t, Tensor) and t.is_floating_point())
         for rows, chunks in ((len(ids), (ids.shape[1] - 3, 1, 2)), (1, (ids.shape[1] - 1, 1))):
             state, got = self.new_state(rows, ids.shape[1]), []
@@ -188,8 +188,8 @@ class CachedProgram:
         plain = call.use_cache is False or (call.use_cache is None and self.program.model.training)
         if call.loss and cache is not None and cache.get_seq_length():
             raise BadArgument("a loss is computed on whole sequences: give labels without past_key_values")
-        if self.whole is not None and (call.loss or (plain and cache is None and torch.is_grad_enabled())):
-            return self._whole(self.whole, call)
+        if self.uncached is not None and (call.loss or (plain and cache is None and torch.is_grad_enabled())):
+            return self._whole(self.uncached, call)
         ids = call.tensors[self.form.tokens]
         batch, count = ids.shape
         keep = call.use_cache is not False or cache is not None
