@@ -65,7 +65,10 @@ class _Use:
         else:
             self.codes, self.scale = given["codes"][index], given["scales"][index]
             self.zero = given["zeros"][index] if given["zeros"] else None
-            self.rows, self.columns = given["rows"][index], value(given["x"]).shape[-1]
+            self.rows, columns = given["rows"][index], value(given["x"]).shape[-1]
+            # A size that is known can still come as a symbol of one value.
+            known = columns.node.maybe_as_int() if isinstance(columns, torch.SymInt) else columns
+            self.columns = columns if known is None else known
 
     def packable(self, module: torch.fx.GraphModule) -> bool:
         constants = [one for one in (self.codes, self.scale, self.zero) if one is not None]
