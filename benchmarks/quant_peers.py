@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,25 +22,18 @@ def torchao(model: nn.Module, bits: int, group: int, activations: int | None) ->
     Raises :class:`Unavailable` where torchao is not installed or refuses.
     """
     try:
-        from torchao.quantization import (
-            Int8DynamicActivationInt8WeightConfig,
-            Int8DynamicActivationIntxWeightConfig,
-            IntxWeightOnlyConfig,
-            PerAxis,
-            PerGroup,
-            quantize_,
-        )
+        ao: Any = importlib.import_module("torchao.quantization")
     except ImportError as error:
         raise Unavailable(f"not installed ({error}): pip install --no-deps torchao") from error
-    granularity = PerGroup(group) if group else PerAxis(0)
+    granularity = ao.PerGroup(group) if group else ao.PerAxis(0)
     dtype = getattr(torch, f"int{bits}")
     config: Any
     if activations == 8 and bits == 8 and not group:
-        config = Int8DynamicActivationInt8WeightConfig()
+        config = ao.Int8DynamicActivationInt8WeightConfig()
     elif activations == 8:
-        config = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
+        config = ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
     elif activations is None:
-        config = IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
+        config = ao.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
     else:
         raise Unavailable(f"it has no {activations}-bit activations")
     narrow = [f"{name} has {m.in_features} columns" for name, m in _linears(model) if group and m.in_features % group]
@@ -48,7 +42,7 @@ def torchao(model: nn.Module, bits: int, group: int, activations: int | None) ->
     made = copy.deepcopy(model)
     heads = {id(m) for m in (_head(made),) if m is not None}
     try:
-        quantize_(made, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and id(m) not in heads)
+        ao.quantize_(made, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and id(m) not in heads)
         with torch.no_grad():
             next(m for name, m in _linears(made))(torch.zeros(1, 1, next(m for _, m in _linears(made)).in_features))
     except (RuntimeError, ValueError, AssertionError, NotImplementedError, AttributeError, TypeError) as error:

@@ -118,7 +118,7 @@ class Budget:
         rest = [float(name) for name, equals, _ in pairs if not equals]
         if len(rest) > 1 or not all(0 < each < math.inf for each in (*own.values(), *rest)):
             raise ValueError(f"{text!r} is no budget: give seconds, as in 200,awq=60")
-        return Budget(*rest, own=own)
+        return Budget(rest[0] if rest else BUDGET, own)
 
     def of(self, method: str) -> float:
         return self.own.get(method.partition("{")[0], self.default)

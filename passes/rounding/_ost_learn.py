@@ -35,7 +35,7 @@ class Rotation(nn.Module):
         super().__init__()
         self.matrix = nn.Parameter(start.clone())
         nn.utils.parametrizations.orthogonal(self, "matrix", orthogonal_map="cayley")
-        self.matrix = start  # the parametrization starts here
+        setattr(self, "matrix", start)  # noqa: B010 - the parametrization takes a tensor and starts there
 
     def exact(self) -> Tensor:
         """The nearest orthogonal matrices in float64."""
@@ -110,9 +110,13 @@ class Learner(nn.Module):
                     self._add(source, Turned(), None)
                 self.weights[source].row_scale = name, distinct, torch.arange(len(distinct))
 
+    def turns(self) -> dict[str, Rotation]:
+        """The rotations by name."""
+        return {n: one for n, one in zip(self.names, self.rotations, strict=True) if isinstance(one, Rotation)}
+
     def values(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Rotations and scales, float32, by name, as the parameters say now; differentiable."""
-        matrices = {name: one.matrix for name, one in zip(self.names, self.rotations, strict=True)}
+        matrices: dict[str, Tensor] = {name: one.matrix for name, one in self.turns().items()}
         return matrices, {str(i): p.exp() for i, p in enumerate(self.scales)}
 
     def keep_gains(self) -> None:

@@ -87,13 +87,13 @@ class OSTQuant(Method):
         for name, rate in (("lr", self.lr), ("lr_scale", self.lr_scale)):
             if not 0 <= rate < 1:
                 raise BadPassOption(f"ostquant: {name} is {rate!r}, but must be in [0, 1)")
-        for name, given, allowed in (
+        for name, chosen, allowed in (
             ("start", self.start, ("auto", "hadamard", "identity")),
             ("precision", self.precision, ("bfloat16", "float32")),
             ("rounding", self.rounding, ("feedback", "nearest")),
         ):
-            if given not in allowed:
-                raise BadPassOption(f"ostquant: {name} is {given!r}, but must be one of {', '.join(allowed)}")
+            if chosen not in allowed:
+                raise BadPassOption(f"ostquant: {name} is {chosen!r}, but must be one of {', '.join(allowed)}")
 
     # ------------------------------------------------------------------------------------------------------- the graph
 
@@ -185,7 +185,7 @@ class _Session:
             self.facts["start"] = losses
             kept = {}, {"start": chosen, "step": 0, "best": losses[chosen], "checks": [[0, losses[chosen]]]}
         self.optimise(learner, held, *kept)
-        matrices = {n: one.exact() for n, one in zip(learner.names, learner.rotations, strict=True)}
+        matrices = {name: one.exact() for name, one in learner.turns().items()}
         factors = {}
         for (fold, _, place), log in zip(learner.folds, learner.scales, strict=True):
             factors[fold.group.linears[0].name] = log.detach().double().exp()[place]
@@ -211,7 +211,7 @@ class _Session:
             if any(g["params"] for g in groups)
             else None
         )
-        rates = [float(g["lr"]) for g in groups if g["params"]]
+        rates = [rate for g, rate in zip(groups, (method.lr, method.lr_scale), strict=True) if g["params"]]
         best = {name: t.clone() for name, t in learner.state_dict().items()}
         if tensors:
             best = {name[5:]: t for name, t in tensors.items() if name.startswith("best/")}
