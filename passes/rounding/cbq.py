@@ -70,6 +70,10 @@ class _LowRank(torch.autograd.Function):
 class LowRankRounder(Rounder):
     """Offsets of rounding from A1 (N, r) times A2 (r, K), and a step a group, all learnt."""
 
+    w: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
     def __init__(self, fmt: WeightFormat, begin: Start, method: CBQ, *, seed: int, whole: bool = False) -> None:
         super().__init__()
         self.format, self.method, self.columns = fmt, method, begin.weight.shape[1]
@@ -102,6 +106,7 @@ class LowRankRounder(Rounder):
         step = step + (step.to(dtype).float() - step).detach()
         fmt = self.format
         if fmt.zero == "offset":
+            assert self.zero is not None
             return step, self.zero, 0, fmt.levels - 1
         zero = fmt.middle if self.zero is None else self.zero
         return step, step.new_zeros(()), -zero, fmt.levels - 1 - zero

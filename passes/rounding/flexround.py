@@ -52,6 +52,10 @@ class _Divide(torch.autograd.Function):
 class FlexRounder(Rounder):
     """s1 round(W / (s1 S2 s3 s4)): s1 a group's step, S2 (N, K), s3 (N, 1) and s4 (1, K), learnt as logarithms."""
 
+    w: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
     def __init__(self, fmt: WeightFormat, begin: Start, lr: float, lr_step: float, *, whole: bool = False) -> None:
         super().__init__()
         self.format, self.lr, self.lr_step, self.columns = fmt, lr, lr_step, begin.weight.shape[1]
@@ -65,7 +69,8 @@ class FlexRounder(Rounder):
         self.column = nn.Parameter(w.new_zeros(1, *w.shape[1:]))
         # A grid for the whole tensor has one step.
         self.size = nn.Parameter(w.new_zeros(1, 1, 1) if whole else torch.zeros_like(self.scale))
-        self.low = nn.Parameter(self.zero.clone()) if fmt.zero == "offset" and not whole else None
+        learnt = self.zero if fmt.zero == "offset" and not whole else None
+        self.low = None if learnt is None else nn.Parameter(learnt.clone())
 
     def groups(self) -> list[dict[str, Any]]:
         fine = [self.log, self.row, self.column]
@@ -81,6 +86,7 @@ class FlexRounder(Rounder):
             low = self.low + (self.low.to(dtype).float() - self.low).detach()
             return step, low, 0, fmt.levels - 1
         if fmt.zero == "offset":
+            assert self.zero is not None
             return step, self.zero, 0, fmt.levels - 1
         zero = fmt.middle if self.zero is None else self.zero
         return step, step.new_zeros(()), -zero, fmt.levels - 1 - zero
