@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..codegen.weight_format import WeightFormat
 from ..runtime.announce import announce
-from ..runtime.errors import CheckpointError, MissingDependency
+from ..runtime.errors import BadArgument, CheckpointError, MissingDependency
 from .models import BUNDLED, bundled_folder
 from .quantized_modules import PackedWeight, QuantizedEmbedding, QuantizedLinear
 
@@ -110,22 +110,29 @@ class QuantizedCheckpoint:
 
 
 def load_quantized(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    activations: int | None = None,
 ) -> QuantizedCheckpoint:
     """Load a quantized checkpoint with its weights packed as they are: nothing is rounded again.
 
     path: a GGUF file, a folder with one, a folder with an AWQ or GPTQ checkpoint in transformers' format, or the name
     of a bundled model (``smollm2``). dtype: of what is float in the model, which is also what its layers compute in.
-    attn_implementation: as in transformers.
+    attn_implementation: as in transformers. activations: 8 or 4 to round each token to integers of so many bits before
+    a packed linear layer, as its kernels then multiply (an approximation that the checkpoint does not ask for).
 
     GGUF: Q4_0, Q4_1 and Q8_0 stay packed, other types become float (the report says which). AWQ: 4 bits, format
     ``gemm``. GPTQ: 8, 4, 3 and 2 bits, formats ``gptq`` and ``gptq_v2``, activation order included.
 
     Raises :class:`~tilewright.runtime.errors.CheckpointError` for a checkpoint that is damaged, incomplete or of
-    another kind, and :class:`~tilewright.runtime.errors.MissingDependency`.
+    another kind, ``BadArgument`` for other ``activations``, and ``MissingDependency``.
     """
     from . import import_awq_gptq, import_gguf
 
+    if activations not in (None, 8, 4) or isinstance(activations, bool):
+        raise BadArgument(f"activations is {activations!r}, but must be 8, 4 or None")
     folder, file = _find(path)
     if file is not None:
         config = import_gguf.read_config(folder, file)
@@ -140,6 +147,11 @@ def load_quantized(
         report = ImportReport(str(folder), scheme.method)
         import_awq_gptq.fill(blank, folder, scheme, report)
     blank.finish(report)
+    if activations:
+        for module in blank.model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.format = module.format.changed(activations=activations)
+        report.notes.append(f"linear layers round their input to {activations} bits a token")
     if report.unpacked:
         first = report.unpacked[0]
         announce(

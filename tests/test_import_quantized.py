@@ -120,6 +120,18 @@ def test_gguf_model_compiles_with_and_without_a_cache(tmp_path) -> None:
         assert torch.equal(text, model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
 
 
+def test_activations_are_rounded_when_asked(tmp_path) -> None:
+    write_gguf(tmp_path / "m.gguf", llama(tie_word_embeddings=True, num_hidden_layers=1), KINDS | {"ffn_up": "Q4_0"})
+    plain, got = (tw.load_quantized(tmp_path, activations=bits).model for bits in (None, 8))
+    layer, x = got.model.layers[0].mlp.down_proj, torch.randn(3, plain.config.intermediate_size)
+    step = x.abs().amax(-1, keepdim=True) / 127
+    want = plain.model.layers[0].mlp.down_proj((x / step).round()) * step
+    torch.testing.assert_close(layer(x), want)
+    assert got.lm_head.codes is got.model.embed_tokens.codes
+    with pytest.raises(errors.BadArgument, match="8, 4 or None"):
+        tw.load_quantized(tmp_path, activations=6)
+
+
 def test_gguf_damage_is_told(tmp_path) -> None:
     path = tmp_path / "m.gguf"
     model = llama(tie_word_embeddings=True)
@@ -176,7 +188,7 @@ def write_folder(
     folder: Path, method: str, bits: int = 4, group: int = 32, form: str = "gptq", symmetric=False, order="none"
 ) -> nn.Module:
     """A checkpoint, and the float model that it stands for."""
-    model = llama(hidden_size=96 if bits == 3 else 64)
+    model = llama(hidden_size=128 if bits == 3 else 64)  # 3 bits need 32 rows
     state = {n: t.clone() for n, t in model.state_dict().items()}
     generator = np.random.default_rng(1)
     for seed, (name, module) in enumerate(model.named_modules()):
@@ -188,7 +200,7 @@ def write_folder(
         if order == "permuted":
             owner = generator.permutation(owner)
         elif order == "uneven":
-            owner = generator.integers(0, zeros.shape[0], columns)
+            owner[0] = owner[-1]
         values = (codes - zeros[owner]) * scales[owner].astype(np.float32)
         module.weight = nn.Parameter(torch.from_numpy(values.T.astype(np.float32).copy()))
         del state[f"{name}.weight"]
