@@ -105,7 +105,11 @@ def to_layout(
 
 
 def _spread(numbers: Tensor, fmt: WeightFormat, columns: int) -> Tensor:
-    return numbers if not fmt.group else numbers.repeat_interleave(fmt.group, 1)[:, :columns]
+    if not fmt.group:
+        return numbers
+    # Not repeat_interleave and not expand: where columns are no multiple of the group, Inductor's vectors (torch 2.13,
+    # CPU) then read beyond what is there.
+    return numbers.index_select(1, torch.arange(columns, device=numbers.device) // fmt.group)
 
 
 def _join(codes: Tensor, bits: int, size: int) -> Tensor:
