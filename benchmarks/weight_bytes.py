@@ -86,7 +86,8 @@ def _float(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     config = packed.config
     if hasattr(config, "quantization_config"):  # transformers refuses to save what it read from a GGUF file
         del config.quantization_config
-    model = type(packed)(config).to(dtype)
+    model: Any = type(packed)(config)
+    model = model.to(dtype)
     model.load_state_dict(packed.state_dict())
     return model.eval()
 

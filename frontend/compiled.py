@@ -30,7 +30,7 @@ from .options import Options
 from .pipeline import GraphRecord
 from .report import CaptureReport, ModelError, Report
 from .save import program_of
-from .shell import KEPT, generate, shell_of
+from .shell import KEPT, generate, shell_of, with_signature
 
 
 class CompiledModule(torch.nn.Module):
@@ -111,11 +111,7 @@ class CompiledModule(torch.nn.Module):
         self._orig_mod = self._part = shell
         self.stored = stored
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return stored(*args, **kwargs)
-
-        forward.__signature__ = stored.program.call.signature  # type: ignore[attr-defined]
-        self.forward = forward
+        self.forward = with_signature(stored, stored.program.call.signature)
         constants.give_memory_back()
         return self
 
@@ -288,7 +284,8 @@ class CompiledModule(torch.nn.Module):
     def records(self) -> list[GraphRecord]:
         """One per captured graph, in the order they were captured; after :meth:`release` only what runs."""
         if self.stored is not None:
-            return self.stored.records  # type: ignore[return-value]
+            what_runs: Any = self.stored.records
+            return what_runs
         if self.door == "export":
             return [program.record for program in self._exported.values()]
         return [program.record for program in self._programs]

@@ -6,6 +6,7 @@ packed weights, one by one, and the rest is loaded as it is. No float weight of 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -207,8 +208,7 @@ class Blank:
         transformers = _transformers()
         if importlib.util.find_spec("accelerate") is None:
             raise MissingDependency("importing quantized checkpoints needs accelerate: pip install accelerate")
-        import accelerate
-
+        accelerate: Any = importlib.import_module("accelerate")
         name = (getattr(config, "architectures", None) or [""])[0]
         made: Any = getattr(transformers, name, None)
         more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -245,7 +245,7 @@ class Blank:
         """A float (or integer) tensor, in the dtype that the model has for it; returns its bytes."""
         path, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(path)
-        held = owner._parameters if leaf in owner._parameters else owner._buffers
+        held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
         old = held.get(leaf)
         if old is None or tuple(old.shape) != tuple(tensor.shape):
             wanted = "none" if old is None else tuple(old.shape)
@@ -259,7 +259,8 @@ class Blank:
         """(N, K) of the weight of a linear layer or embedding that can be packed; None for other modules."""
         module = self.module(name)
         if type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None):
-            return tuple(module.weight.shape)  # type: ignore[return-value]
+            rows, columns = module.weight.shape
+            return int(rows), int(columns)
         return None
 
     def pack(
@@ -292,10 +293,10 @@ class Blank:
         form: WeightFormat,
         order: Tensor | None = None,
     ) -> PackedWeight:
-        old = self.model.get_submodule(name)
-        rows, columns = (int(size) for size in old.weight.shape)  # type: ignore[union-attr, operator]
+        old: Any = self.model.get_submodule(name)
+        rows, columns = (int(size) for size in old.weight.shape)
         if type(old) is nn.Embedding:
-            extra = {"dtype": old.weight.dtype, "padding_idx": old.padding_idx}
+            extra: dict[str, Any] = {"dtype": old.weight.dtype, "padding_idx": old.padding_idx}
             return QuantizedEmbedding(codes, scale, zero, rows=rows, columns=columns, format=form, **extra)
         packed = QuantizedLinear(codes, scale, zero, rows=rows, columns=columns, format=form, order=order)
         if (bias := old._parameters.get("bias")) is not None:  # still on the meta device, or filled already

@@ -58,7 +58,8 @@ def fill(blank: Blank, path: Path, report: ImportReport) -> None:
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} cannot be read: {_line(error)}") from error
     reader.fields.clear()  # a vocabulary is hundreds of thousands of small arrays
-    processor = names.TENSOR_PROCESSORS.get(architecture, names.TensorProcessor)(config=blank.model.config.to_dict())
+    model: Any = blank.model
+    processor = names.TENSOR_PROCESSORS.get(architecture, names.TensorProcessor)(config=model.config.to_dict())
     try:
         places = _places(names, blank.model, processor, [tensor.name for tensor in reader.tensors])
     except NotImplementedError as error:

@@ -22,7 +22,7 @@ from .inputs import check_inputs
 from .lower import KernelUse, set_target
 from .options import Options
 from .report import Report
-from .shell import generate
+from .shell import generate, with_signature
 
 if TYPE_CHECKING:
     from .save import Program
@@ -93,10 +93,7 @@ class LoadedModule(torch.nn.Module):
         floats = (t for t in self.lowered.state_dict().values() if t.is_floating_point())
         stand_in = next(floats, torch.empty(0, device=self._decoder.device))
 
-        def forward(*inner: Any, **named: Any) -> Any:
-            return self(*inner, **named)
-
-        forward.__signature__ = self.program.call.signature  # type: ignore[attr-defined]
+        forward = with_signature(self, self.program.call.signature)
         return generate(self._shell(), forward, self._decoder, args, kwargs, stand_in)
 
     def new_cache(self, path: str | Path | None = None) -> DecoderCache:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,8 @@ def shell_of(model: nn.Module) -> nn.Module:
 
 def shell_to_json(model: nn.Module) -> dict[str, Any] | None:
     """``{"class", "config", "generation_config"}`` of a model whose class is transformers' own; None for others."""
-    kind, config = type(model), getattr(model, "config", None)
+    kind = type(model)
+    config: Any = getattr(model, "config", None)
     if not kind.__module__.startswith(PACKAGE + ".") or not hasattr(config, "to_json_string"):
         return None
     row: dict[str, Any] = {
@@ -80,6 +82,17 @@ def _class(package: Any, name: Any, base: str) -> Any:
     if not isinstance(found, type) or not issubclass(found, getattr(package, base)):
         raise SaveError(f"this transformers ({package.__version__}) has no {base} named {name!r}")
     return found
+
+
+def with_signature(call: Callable[..., Any], signature: inspect.Signature) -> Any:
+    """A function that is ``call`` and has a signature of a model's forward, but nothing of the model."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    made: Any = forward
+    made.__signature__ = signature
+    return made
 
 
 def generate(

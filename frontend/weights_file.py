@@ -87,7 +87,8 @@ def _tensor(source: _Hashed, row: Any, place: int, most: int) -> tuple[Tensor, i
         raise ValueError("the places of the tensors do not fit their shapes")
     tensor = torch.empty(shape, dtype=dtype)
     if stop > start:
-        room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        room = memoryview(data)
         for at in range(0, stop - start, _CHUNK):
             part = room[at : at + _CHUNK]
             part[:] = source.read(len(part))
