@@ -37,7 +37,12 @@ def test_blocks_are_joined_where_the_entropy_is_high():
 
 
 @pytest.mark.parametrize(
-    "fmt", [WeightFormat(bits=3, group=32), WeightFormat(bits=3, group=0, zero="offset", activations=8)], ids=str
+    "fmt",
+    [
+        WeightFormat(bits=3, group=32),
+        pytest.param(WeightFormat(bits=3, group=0, zero="offset", activations=8), marks=pytest.mark.grid),
+    ],
+    ids=str,
 )
 def test_the_search_beats_rounding_to_nearest(fmt):
     work = calibration(fmt)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from rounding_cases import decoder
 from torch import nn
 
 from tilewright.frontend.capture import copy_module, export_model
@@ -20,17 +21,14 @@ from tilewright.runtime.errors import BadArgument
 from tilewright.runtime.ops import OPS
 
 
-def raised(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.fx.GraphModule, Blocks]:
-    module = copy_module(export_model(model, args, kwargs).module)
-    raise_graph(module)
-    view = GraphView(module)
+def cut(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, Blocks]:
     linears = [node for node in module.graph.nodes if node.target is OPS["linear"].overload]
-    return module, split(view, linears)
+    return module, split(GraphView(module), linears)
 
 
 @functools.cache
 def llama() -> tuple[torch.fx.GraphModule, Blocks]:
-    return raised(tiny.llama(layers=3), input_ids=tiny.tokens(), use_cache=False)
+    return cut(decoder())
 
 
 SAMPLES = [[tiny.tokens(), False], [tiny.tokens(seed=1), False], [tiny.tokens(1, 5, seed=2), False]]
@@ -166,7 +164,9 @@ class Shared(nn.Module):
 
 def test_lists_of_one_are_looked_into_and_tied_weights_have_one_owner():
     torch.manual_seed(0)
-    module, blocks = raised(Shared(), torch.randn(3, 8))
+    module = copy_module(export_model(Shared(), (torch.randn(3, 8),), {}).module)
+    raise_graph(module)
+    module, blocks = cut(module)
     assert blocks.names == ("stages.0.parts.0", "stages.0.parts.1", "late.0", "late.1")
     # What stands between two lists belongs to the block before it.
     assert blocks.sites(1)[-1] == "between/linear"
