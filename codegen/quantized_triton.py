@@ -134,8 +134,8 @@ def tiles(spec: QuantizedLinearTritonSpec, *, large: bool) -> QuantizedLinearTri
     if spec.dtype == "float32" and not integers(spec):
         # Without tensor cores a product is unrolled: half the tile, and hardly anything to wait for.
         return dataclasses.replace(spec, block_m=32, block_n=32, block_k=max(32, least), num_warps=4, num_stages=2)
-    # Zeros of 128 columns beside codes that share bytes would spill registers.
-    wide = parts_of(spec.bits) == 4 and spec.zero == "middle"
+    # Four columns a byte: 128 of them spill registers at 2 bits, and at 3 bits beside their zeros.
+    wide = spec.bits == 3 and spec.zero == "middle"
     block_k = max(128 if wide or (integers(spec) and not 0 < spec.group < 128) else 64, least)
     block_m = 64 if spec.gated else 128
     # Sums of integers and of their products with scales are held at once.
