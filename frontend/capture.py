@@ -32,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..passes.execute import run
 from ..passes.metrics import tensor_error
 from ..runtime.errors import BadExampleInputs, CaptureError
+from .quantized_modules import PackedWeight
 from .raising.rules import PARAMETER
 
 
@@ -119,7 +120,8 @@ def disagreement(
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's buffers (batch norm statistics) and the random numbers are as before after."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    packed = {id(held) for part in model.modules() if isinstance(part, PackedWeight) for held in part.buffers()}
+    buffers = {name: held.detach().clone() for name, held in model.named_buffers() if id(held) not in packed}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         try:
