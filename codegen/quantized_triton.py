@@ -91,13 +91,13 @@ class QuantizedLinearTritonSpec(KernelSpec):
     def candidates(self, target: str) -> list[QuantizedLinearTritonSpec]:
         """The spec, then a few with other tiles."""
         found = [self]
-        changes: dict[str, Any]
-        for changes in (
+        tried: list[dict[str, Any]] = [
             {"block_m": min(256, self.block_m * 2), "num_warps": min(8, self.num_warps * 2)},
             {"block_n": max(16, self.block_n // 2)},
             {"block_k": min(256, self.block_k * 2), "num_stages": max(1, self.num_stages - 1)},
             {"num_stages": min(6, self.num_stages + 1)},
-        ):
+        ]
+        for changes in tried:
             if (other := dataclasses.replace(self, **changes)) not in found:
                 found.append(other)
         return found
@@ -137,7 +137,8 @@ def tiles(spec: QuantizedLinearTritonSpec, *, large: bool) -> QuantizedLinearTri
     # Four columns a byte: 128 of them spill registers at 2 bits, and at 3 bits beside their zeros.
     wide = spec.bits == 3 and spec.zero == "middle"
     block_k = max(128 if wide or (integers(spec) and not 0 < spec.group < 128) else 64, least)
-    block_m = 64 if spec.gated else 128
+    # Products by group, where a tile has several, are held at once: in tensor memory, of which there is little.
+    block_m = 64 if spec.gated or (integers(spec) and span(spec.group, block_k) < block_k) else 128
     # Sums of integers and of their products with scales are held at once.
     block_n = 64 if not large or spec.gated or integers(spec) else 128
     return dataclasses.replace(

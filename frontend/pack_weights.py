@@ -39,7 +39,7 @@ def pack(module: torch.fx.GraphModule) -> int:
         use.replace(made[key])
         old.update(one for one in key if one is not None)
     for node in {use.node for use in uses}:
-        form = parse_weight_format(node.kwargs["format"])
+        form = parse_weight_format(arguments(node)["format"])
         if form.layout != LAYOUT and not any(use.codes in fixed for use in uses if use.node is node):
             node.update_kwarg("format", form.changed(layout=LAYOUT).text())
     for constant in old:

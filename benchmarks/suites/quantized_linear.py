@@ -127,10 +127,7 @@ def int8pack(one: Layer) -> Call:
 
 def torchao(one: Layer) -> Call:
     """torchao's tensor subclass of the same kind, behind ``F.linear``."""
-    need("torchao")
-    import torchao.quantization as ao
-    from torchao.prototype.quantization import int4
-
+    ao, int4 = need("torchao.quantization"), need("torchao.prototype.quantization.int4")
     bits, group, activations = one.format.bits, one.format.group, one.format.activations
     configs: dict[tuple[int, int], Callable[[], Any]] = {
         (8, 0): ao.Int8WeightOnlyConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -231,7 +232,7 @@ def _launch(
     gated: bool,
     target: str,
 ) -> Callable[..., Tensor]:
-    more = {"rows": rows, "format": format, "activation": activation, "gated": gated, "target": target}
+    more: dict[str, Any] = {"rows": rows, "format": format, "activation": activation, "gated": gated, "target": target}
     chosen = spec(x, codes, scales, zeros, biases, residual, **more)
     _check_shapes(x, codes, scales, zeros, biases, residual, rows, parse_weight_format(format), gated)
     return load_best(chosen, target, lambda: (x, codes, scales, zeros, biases, residual, rows)).launch
