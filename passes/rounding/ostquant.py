@@ -63,7 +63,6 @@ class OSTQuant(Method):
 
     name: ClassVar[str] = "ostquant"
     needs_calibration: ClassVar[bool] = True
-    least_rows: ClassVar[int] = 128
     transforms: ClassVar[bool] = True
 
     steps: int = 150
