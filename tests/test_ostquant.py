@@ -202,6 +202,11 @@ def test_what_is_learnt_on_is_the_model(name):
     learner.rounded = False
     with torch.no_grad(), learner.step():
         torch.testing.assert_close(learner(given)[0], want[0], rtol=2e-4, atol=2e-4)
+    low = Learner(view, plan, list(sites(view, WeightFormat()).values()), start_matrices(plan, 0), torch.bfloat16)
+    low.rounded = False
+    with torch.no_grad(), low.step():
+        error = low(given)[0] - want[0]
+    assert float(error.norm() / want[0].norm()) < 0.05
     learner.rounded = True
     learner.fit_ratios()
     place = logits_output(module)

@@ -106,7 +106,7 @@ class LearntWeight:
     def turned_bias(self, matrices: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor | None:
         if self.bias is None:
             return None
-        bias = turn_rows(self.bias, self.rows, matrices)
+        bias = turn_rows(self.bias.to(self.base.dtype), self.rows, matrices)
         if self.row_scale is not None:
             name, rows, place = self.row_scale
             bias = bias * torch.ones_like(bias).index_copy(0, rows, scales[name].reciprocal()[place].to(bias.dtype))
