@@ -77,7 +77,9 @@ def listed_pairs(
     """Which pairs lists and mask let through, bool, broadcastable to (B, Hq, Lq, Lk)."""
     q_len, k_len = q.shape[2], k.shape[2]
     states = list_states(counts, indices, -(-k_len // block_k))
-    pairs = states.repeat_interleave(block_q, 2)[:, :, :q_len].repeat_interleave(block_k, 3)[..., :k_len]
+    # Not repeat_interleave: Inductor's loops (torch 2.13, CPU) go wrong where a slice of it follows.
+    rows, columns = (torch.arange(size, device=states.device) for size in (q_len, k_len))
+    pairs = states.index_select(2, rows // block_q).index_select(3, columns // block_k)
     visible = visible_pairs(q, k, mask, table)
     return pairs >= PARTIAL if visible is None else (pairs == FULL) | ((pairs == PARTIAL) & visible)
 
