@@ -156,11 +156,12 @@ def table(study: dict[str, Any]) -> str:
     head = [
         "way",
         "report's weights",
-        "resident (Rss)",
+        "resident",
         "Pss",
         "anonymous",
-        "after a call (anonymous)",
-        "peak of loading",
+        "resident after a call",
+        "peak: loading",
+        "and a call",
     ]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in study["rows"]:
@@ -168,7 +169,8 @@ def table(study: dict[str, Any]) -> str:
             continue
         base = row["before"]
         figures = [row["report"]["after"], *(row["rested"][n] - base[n] for n in ("rss", "pss", "anonymous"))]
-        figures += [row["called"]["anonymous"] - base["anonymous"], row["loaded"]["peak"] - base["rss"]]
+        figures += [row["called"]["rss"] - base["rss"]]
+        figures += [row[when]["peak"] - base["rss"] for when in ("loaded", "called")]
         lines.append(f"| {row['way']} | " + " | ".join(f"{one / 1e6:,.0f}" for one in figures) + " |")
     return "\n".join(lines)
 
