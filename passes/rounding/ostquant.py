@@ -68,8 +68,8 @@ class OSTQuant(Method):
     steps: int = 150
     tokens: int = 256
     batch: int = 1
-    lr: float = 3e-3
-    lr_scale: float = 1e-2
+    lr: float = 1e-4
+    lr_scale: float = 3e-3
     top: int = TOP
     streams: bool = True
     heads: bool = True
