@@ -39,6 +39,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         isa = getattr(item, "callspec", None) and item.callspec.params.get("cpu_isa")
         if isa in ("amx", "avx2") and getattr(item, "module", None) and hasattr(item.module, "ROW_KERNELS"):
             item.add_marker(pytest.mark.grid)
+        # Where every spec is a kernel to build on each instruction set, it is built for two of them, in turn.
+        in_turn = getattr(getattr(item, "module", None), "TWO_IN_TURN", ())
+        given = item.callspec.params if in_turn and hasattr(item, "callspec") else {}
+        if given.get("name") in in_turn and "isa" in given:
+            place = in_turn.index(given["name"]) + ("amx", "avx512", "avx2", "baseline").index(given["isa"])
+            if place % 2:
+                item.add_marker(pytest.mark.grid)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")

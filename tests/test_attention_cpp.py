@@ -63,6 +63,7 @@ def kernel(spec: AttentionSpec, isa: str):
     return _loaded[spec, isa]
 
 
+TWO_IN_TURN = tuple(SPECS)
 isas = pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "baseline"])
 
 
@@ -100,15 +101,8 @@ def inputs_of(draw, spec: AttentionSpec):
     return make_inputs(spec, lengths, batch, heads, layout, draw(st.integers(0, 99)))
 
 
-def every_other():
-    """Each spec on two instruction sets, the old and the new in turn; the other two carry the marker ``grid``."""
-    sets = "amx", "avx512", "avx2", "baseline"
-    for place, name in enumerate(SPECS):
-        for index, isa in enumerate(sets):
-            yield pytest.param(name, isa, marks=[] if (index + place) % 2 == 0 else [pytest.mark.grid])
-
-
-@pytest.mark.parametrize(("name", "isa"), list(every_other()))
+@isas
+@pytest.mark.parametrize("name", SPECS)
 def test_matches_float64(name, isa):
     spec = SPECS[name]
     kernel(spec, isa)

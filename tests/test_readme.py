@@ -60,7 +60,14 @@ def test_the_cached_decoder_is_compiled() -> None:
     figures = names["compiled"].report.cache
     # Whole, two layers have 4 heads of 16 for keys and for values in float32.
     assert figures["bytes_per_token"] < 2 * 4 * (64 + 64) / 8
-    assert len(EXAMPLES) == 3
+
+
+def test_the_weights_are_packed_and_the_float_ones_leave() -> None:
+    names: dict[str, Any] = {}
+    exec(EXAMPLES[3], names)
+    weights = names["compiled"].report.weights
+    assert weights["after"] < weights["before"] / 2
+    assert len(EXAMPLES) == 4
 
 
 def test_tables_come_from_the_code() -> None:
