@@ -142,19 +142,23 @@ def check(spec, x, weights, biases, residual, rows):
     assert (error <= bound).all(), f"worst {(error / bound).max():.3g} of the bound"
 
 
-shapes = {
-    "M": st.sampled_from([0, 1, 2, 3, 4, 7, 8, 9, 33]),
-    "K": st.sampled_from([1, 31, 32, 33, 100, 160, 384, 577, 1100]),
-    "N": st.sampled_from([1, 15, 16, 17, 64, 100]),
-    "parts": st.integers(1, 3),
-    "bias": st.booleans(),
-    "residual": st.booleans(),
-    "seed": st.integers(0, 2**20),
+SIZES = {
+    "M": [0, 1, 2, 3, 4, 7, 8, 9, 33],
+    "K": [1, 31, 32, 33, 100, 160, 384, 577, 1100],
+    "N": [1, 15, 16, 17, 64, 100],
 }
 
 
-def draw(spec, examples):
-    @given(**shapes)
+def draw(spec, sizes, examples, check):
+    """``check`` a kernel on calls drawn from ``sizes``, of one to three weights, with and without bias and residual."""
+
+    @given(
+        **{name: st.sampled_from(values) for name, values in sizes.items()},
+        parts=st.integers(1, 3),
+        bias=st.booleans(),
+        residual=st.booleans(),
+        seed=st.integers(0, 2**20),
+    )
     @settings(max_examples=examples)
     def inner(M, K, N, parts, bias, residual, seed):
         check(spec, *operands(spec, M, K, N, parts, bias, residual, torch.Generator().manual_seed(seed)))
@@ -164,13 +168,13 @@ def draw(spec, examples):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_kernel_against_float64(name):
-    draw(QUICK[name], 40)
+    draw(QUICK[name], SIZES, 40, check)
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("name", {**QUICK, **GRID})
 def test_kernel_against_float64_on_every_instruction_set(name, cpu_isa):
-    draw({**QUICK, **GRID}[name], 40)
+    draw({**QUICK, **GRID}[name], SIZES, 40, check)
 
 
 @pytest.mark.grid

@@ -10,6 +10,7 @@ the few tokens with huge values that language models have would be all that coun
 
 from __future__ import annotations
 
+import abc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,16 +39,16 @@ RANGES = 13
 """Ranges that the start's grids are chosen from."""
 
 
-class Rounder(nn.Module):
+class Rounder(nn.Module, abc.ABC):
     """How one weight is rounded. Subclasses have parameters."""
 
+    @abc.abstractmethod
     def forward(self) -> Tensor:
         """The rounded weight (N, K), float32, differentiable in the parameters."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for torch.optim, with their learning rates."""
-        raise NotImplementedError
 
     def at(self, progress: float) -> None:
         """Told before each :meth:`forward`: 0 at the first step, 1 at the last one and whenever the result counts."""
@@ -56,9 +57,9 @@ class Rounder(nn.Module):
         """What is added to the loss of the last :meth:`forward`."""
         return None
 
+    @abc.abstractmethod
     def quantized(self) -> QuantizedWeight:
         """Codes and scales now."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
