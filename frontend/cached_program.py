@@ -27,6 +27,7 @@ from .exported import ExportedProgram
 from .inputs import describe_inputs
 from .lift_cache import Lifted, lift, why_not_token_by_token
 from .options import Options
+from .rest import through_inductor
 
 if TYPE_CHECKING:
     from .decoder_file import StoredProgram
@@ -92,7 +93,7 @@ class CachedProgram:
             self.owner = owner  # the same weights in another mode: caches go on
         self.device = torch.device(next((one.device for one in program.inputs if one.device), "cpu"))
         if options.rest == "inductor":
-            self.run: Any = torch.compile(lifted.module, dynamic=True, fullgraph=True)
+            self.run: Any = through_inductor(lifted.module, True)
         else:
             self.run = lifted.module
         if options.memory == "pool":

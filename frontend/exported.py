@@ -18,6 +18,7 @@ from .inputs import CallForm, by_name, check_inputs, describe_inputs, single_siz
 from .options import Options
 from .pipeline import GraphRecord, Stopwatch, process
 from .report import ModelError
+from .rest import through_inductor
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -44,7 +45,7 @@ class ExportedProgram:
         """How to complete a decoder's calls, of a module with a KV cache."""
         if options.rest == "inductor":
             # Compiled at the first call. Dynamo guards the sizes that Inductor specializes on.
-            self.run: Any = torch.compile(record.lowered, dynamic=True if captured.dynamic else None, fullgraph=True)
+            self.run: Any = through_inductor(record.lowered, True if captured.dynamic else None)
         else:
             self.run = record.lowered
         if options.memory == "pool":

@@ -22,6 +22,7 @@ from .inputs import check_inputs
 from .lower import KernelUse, set_target
 from .options import Options
 from .report import Report
+from .rest import through_inductor
 from .shell import generate, with_signature
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class LoadedModule(torch.nn.Module):
         elif run is not None or program.options.get("rest") == "eager":
             self._run = self.lowered if run is None else run
         else:
-            self._run = torch.compile(self.lowered, dynamic=True if program.dynamic else None, fullgraph=True)
+            self._run = through_inductor(self.lowered, True if program.dynamic else None)
 
     @property
     def decodes(self) -> bool:

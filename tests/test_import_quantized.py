@@ -115,7 +115,7 @@ def test_gguf_model_compiles_with_and_without_a_cache(tmp_path) -> None:
             torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, want, rtol=1e-5, atol=1e-5)
             graph = compiled.records[0].lowered.graph
             called = [node.target._opname for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-            assert "quantized_embedding" in called and "quantized_linear" in called and "linear" not in called
+            assert {"quantized_embedding", "quantized_linear", "gated_mlp"} <= set(called) and "linear" not in called
         text = compiled.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert torch.equal(text, model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
 

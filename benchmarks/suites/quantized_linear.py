@@ -91,8 +91,9 @@ def ours(one: Layer) -> Call:
     def make() -> Call:
         codes, scale = ([part.clone()] for part in one.packed)
         rows, text = [one.weight.shape[0]], one.format.text()
-        op = torch.ops.tilewright.quantized_linear.default
-        return lambda: op(one.x, codes, scale, [], [None], None, rows=rows, format=text, target="cpp")
+        # What a compiled model calls: tracing has dissolved the op around it, as it has F.linear's module.
+        op = torch.ops.tilewright.quantized_linear_forward.default
+        return lambda: op(one.x, codes, scale, [], [None], None, rows, text, "none", False, "cpp")
 
     return over(one.copies, make)
 

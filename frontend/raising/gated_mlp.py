@@ -36,7 +36,13 @@ _ACTIVATIONS = {
     aten.relu.default: "relu",
     aten.sigmoid.default: "sigmoid",
 }
-_LINEARS = (aten.linear.default, aten.addmm.default, aten.mm.default, torch.ops.tilewright.linear.default)
+_LINEARS = (
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    torch.ops.tilewright.linear.default,
+    torch.ops.tilewright.quantized_linear.default,
+)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int)
 _PARTS = (aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.unbind.int)
 
