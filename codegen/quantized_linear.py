@@ -11,6 +11,7 @@ from .spec import DTYPES, KernelSpec, require, require_choice
 
 FEW = 8
 """Rows of x up to which the native kernel reads a weight's codes once and multiplies them by all rows."""
+NORMS = ("none", "wide", "rounded")
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class QuantizedLinearSpec(KernelSpec):
     """``act(x W^T + b)``, times a second product when ``gated``, plus a residual; several weights in one call.
 
     dtype: of x, bias, residual and the result; sums are float32. bits, group, zero, scales, activations: those of the
-    weights' :class:`~.weight_format.WeightFormat`. Sizes, and whether there is a bias or a residual, are known at run
-    time.
+    weights' :class:`~.weight_format.WeightFormat`. norm: RMS normalisation of x before all: ``rounded`` to dtype
+    before its weight, ``wide`` after it alone. Sizes, and whether there is a bias or a residual, are known at run time.
     """
 
     kind: ClassVar[str] = "quantized_linear"
@@ -33,10 +34,12 @@ class QuantizedLinearSpec(KernelSpec):
     activations: int = 0
     activation: str = "none"
     gated: bool = False
+    norm: str = "none"
 
     def check(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("activation", self.activation, ACTIVATIONS)
+        require_choice("norm", self.norm, NORMS)
         require(isinstance(self.gated, bool), f"gated is {self.gated!r}, but must be True or False")
         weight_format.WeightFormat(self.bits, self.group, self.zero, self.scales, self.activations)
 

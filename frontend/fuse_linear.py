@@ -1,6 +1,7 @@
 """Linear layers and what follows them in one kernel call: activation, gate, residual, and layers that share an input.
 
-Layers with packed low-bit weights take the same part as those with plain ones.
+Layers with packed low-bit weights take the same part as those with plain ones; they also take up the RMS norm of their
+input.
 
 For the native CPU kernel, which finishes its sums while they are in registers; and a call less is some microseconds
 less. Only for graphs that run without gradients: a fused node has none of its own kernel (its reference form has).
@@ -53,20 +54,22 @@ _LISTS = ("weights", "codes", "scales", "zeros", "biases", "rows")  # arguments 
 
 def fuse(module: torch.fx.GraphModule, *, packed_only: bool = False) -> int:
     """Form ``tilewright::linear_fused`` nodes from raised ones, in place, and give ``tilewright::quantized_linear``
-    nodes what follows them. Returns how many calls do more than one layer.
+    nodes what stands around them. Returns how many calls do more than one layer.
 
     A linear layer takes up an activation and then a residual sum where it is the only one that feeds them; two layers
-    take up the ``gated_mlp`` they alone feed; layers that share an input become one whose result is split. A node has
-    the site of its first linear layer. Nothing is fused across a write in place, or out of or into an autocast region.
+    take up the ``gated_mlp`` they alone feed; layers that share an input become one whose result is split; a call of
+    packed layers takes up the RMS norm that it alone reads. A node has the site of its first linear layer. Nothing is
+    fused across a write in place, or out of or into an autocast region.
 
     packed_only: for a GPU, where only layers with packed weights have such kernels, and each has a launch of its own:
-    plain layers, and layers that merely share an input, stay as they are.
+    plain layers, norms, and layers that merely share an input, stay as they are.
     """
     view = GraphView(module)
     layers = _PACKED if packed_only else _LAYERS
     count = _gates(view, layers) + _activations(view, layers) + _residuals(view, layers)
     if not packed_only:
         count += _siblings(view)
+        count += _norms(view)
     if count:
         module.graph.lint()
         module.recompile()
@@ -207,6 +210,26 @@ def _residuals(view: GraphView, layers: _Layers) -> int:
                 _put(view, node, found[1], found[0], parts | {"residual": other})
                 count += 1
                 break
+    return count
+
+
+def _norms(view: GraphView) -> int:
+    """Packed layers, one call by now, normalise their input themselves where nothing else reads it normalised."""
+    count = 0
+    for node in _calls(view, *_PACKED):
+        parts = _parts(node)
+        found = _feeds_only(parts["x"], node, view, (_ops.rms_norm.default,))
+        if found is None or parts["norm"] is not None:
+            continue
+        given = arguments(found[0])
+        x, weight = value(given["x"]), given["weight"]
+        if given["weight_offset"] or not isinstance(weight, Node) or value(weight).shape != x.shape[-1:]:
+            continue
+        if value(weight).dtype != x.dtype or x.dtype != value(node).dtype:
+            continue
+        taken = {name: given[name] for name in ("x", "eps", "round_before_weight")} | {"norm": weight}
+        _put(view, node, found[1], node, parts | taken)
+        count += 1
     return count
 
 

@@ -244,3 +244,27 @@ def test_loaded_module_dumps_without_inputs(tmp_path) -> None:
     for folder in folders(tmp_path / "d").values():
         assert {path.name for path in folder.iterdir()} == {"kernel.py", "spec.json", "README.md"}
         assert "keeps none" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("target", ["cpp", "triton-interpret"])
+def test_packed_weights(tmp_path, target) -> None:
+    """A norm, two layers with 4-bit weights and a gate: one kernel, which runs without Tilewright."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.gate = nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 48), nn.Linear(64, 48)
+
+        def forward(self, x):
+            x = self.norm(x)
+            return nn.functional.silu(self.gate(x)) * self.up(x)
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 64)
+    passes = [tw.passes.Quantize(bits=4, group_size=32)]
+    compiled = tw.compile(Gated().eval(), passes, example_inputs=(x,), rest="eager", target=target)
+    dump(compiled, tmp_path / "d")
+    packed = [folder for name, folder in folders(tmp_path / "d").items() if "quantized_linear" in name]
+    assert len(packed) == 1
+    done = without_tilewright(packed[0])
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -80,6 +80,7 @@ def test_a_decoder_layer_is_four_calls():
     assert [call["rows"] for call in calls] == [[64, 32, 32], [64], [96, 96], [64]] * 2 + [[97]]
     assert [call["gated"] for call in calls] == [False, False, True, False] * 2 + [False]
     assert [call["residual"] is not None for call in calls] == [False, True, False, True] * 2 + [False]
+    assert [call["norm"] is not None for call in calls] == [True, False] * 4 + [True]
     with torch.no_grad():
         wanted = record.rewritten(*[ids])[0]
         assert torch.allclose(result(ids).logits, wanted, atol=1e-5)
@@ -87,9 +88,12 @@ def test_a_decoder_layer_is_four_calls():
 
 
 def test_layers_of_another_format_stay_apart():
+    """And so does the norm that both read."""
     model, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
     result, record = compiled(model, ids, other="k_proj")
-    assert [arguments(node)["rows"] for node in quantized(record.lowered)][:3] == [[64, 32], [32], [64]]
+    calls = [arguments(node) for node in quantized(record.lowered)][:3]
+    assert [call["rows"] for call in calls] == [[64, 32], [32], [64]]
+    assert not any(call["norm"] for call in calls)
     with torch.no_grad():
         assert torch.allclose(result(ids).logits, record.rewritten(ids)[0], atol=1e-5)
 

@@ -8,19 +8,38 @@ from typing import Any
 
 import torch
 
-from ...codegen.linear import MOST_WEIGHTS
-from .linear import rows_of
-
-# threads, layout, x, residual, out; of each weight codes, scales, zeros, bias
-ARGTYPES = (ctypes.c_int, *(ctypes.c_void_p,) * (4 + 4 * MOST_WEIGHTS))
+MOST_WEIGHTS = 8  # of a call, as codegen.linear has it
+# threads, layout, x, residual, out; of each weight codes, scales, zeros, bias; norm, eps
+ARGTYPES = (ctypes.c_int, *(ctypes.c_void_p,) * (4 + 4 * MOST_WEIGHTS), ctypes.c_void_p, ctypes.c_double)
 MAX_LAYOUTS = 1024
 
 
+def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The tensor, copied if need be, and how far apart its rows (all but the last dimension) are."""
+    shape, strides = tensor.shape, tensor.stride()
+    if tensor.is_contiguous():
+        return tensor, shape[-1]
+    if shape[-1] == 1 or strides[-1] == 1:
+        step = None
+        for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
+            if size == 1:
+                continue
+            if step is None:
+                step, reach = stride, stride * size
+            elif stride == reach:
+                reach *= size
+            else:
+                return tensor.contiguous(), shape[-1]
+        return tensor, shape[-1] if step is None else step
+    return tensor.contiguous(), shape[-1]
+
+
 def make_launch(function: Any, spec: dict[str, Any], empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``launch(x, codes, scales, zeros, biases, residual, rows)``.
+    """``launch(x, codes, scales, zeros, biases, residual, rows, norm, eps)``.
 
     x: (..., K). codes, scales: of each weight (N_i, K), in the layout ``panels`` (codegen/weight_format.py).
     zeros: likewise, or empty. biases: (N_i,) or None each. residual: the result's shape, or None. rows: the N_i.
+    norm: (K,), what x is multiplied by once it is normalised, where the spec has a norm; eps: of the norm.
     Returns (..., sum of N_i), gated (..., N), contiguous.
     """
     gated = spec["gated"]
@@ -34,6 +53,8 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[..., torch.
         biases: Sequence[torch.Tensor | None],
         residual: torch.Tensor | None,
         rows: Sequence[int],
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> torch.Tensor:
         x, x_row = rows_of(x)
         shape = x.shape
@@ -57,7 +78,10 @@ def make_launch(function: Any, spec: dict[str, Any], empty: Callable[..., torch.
             held.append([t if t is None or t.is_contiguous() else t.contiguous() for t in (packed, scale, zero, bias)])
             weights += [None if t is None else t.data_ptr() for t in held[-1]]
         weights += [None] * (4 * (MOST_WEIGHTS - len(held)))
-        function(torch.get_num_threads(), layout, x.data_ptr(), at or None, out.data_ptr(), *weights)
+        if norm is not None and not norm.is_contiguous():
+            norm = norm.contiguous()
+        normed = (None if norm is None else norm.data_ptr(), eps)
+        function(torch.get_num_threads(), layout, x.data_ptr(), at or None, out.data_ptr(), *weights, *normed)
         return out
 
     return launch

@@ -16,7 +16,7 @@ from ...codegen.weight_format import WeightFormat, parse_weight_format
 from .. import fast_call
 from ..autotune import load_best
 from ..errors import BadArgument, UnsupportedKernel
-from . import gated_mlp, linear, quantized_triton, quantized_weight
+from . import gated_mlp, linear, quantized_triton, quantized_weight, rms_norm
 from .native import check_native, dtype_name
 from .registry import LIBRARY, Tolerance, canonical
 
@@ -33,6 +33,9 @@ def reference(
     format: str,
     activation: str = "none",
     gated: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    round_before_weight: bool = False,
 ) -> Tensor:
     """``act(x @ W.T + b) + residual`` with W from its codes, every operation rounded to x's dtype.
 
@@ -41,6 +44,9 @@ def reference(
     follow each other in the last dimension; ``gated`` takes two of one shape and gives ``act(first) * second``.
     residual: of the result's shape. activation: ``none`` or one of gated_mlp's.
 
+    norm: (K,), x's dtype. With it x is normalised before all else, as ``rms_norm`` does with that weight, eps and
+    round_before_weight.
+
     With the format's ``activations`` 8 or 4, each row of x is rounded to integers first: s = max|x| / 127 (or 7) in
     float32, x = s * round(x / s), and sums are taken of integers times weights.
 
@@ -48,6 +54,8 @@ def reference(
     """
     fmt = parse_weight_format(format)
     check(codes, scales, zeros, biases, rows, fmt, activation, gated)
+    if norm is not None:
+        x = rms_norm.reference(x, norm, eps, round_before_weight=round_before_weight)
     x, step = round_activations(x, fmt.activations) if fmt.activations else (x, None)
     parts = []
     for i, (packed, scale, bias) in enumerate(zip(codes, scales, biases, strict=True)):
@@ -118,14 +126,30 @@ def _composite(
     format: str,
     activation: str = "none",
     gated: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    round_before_weight: bool = False,
     target: str = "reference",
 ) -> Tensor:
-    if linear.runs_reference(target, x, residual, *biases):
-        return reference(
-            x, codes, scales, zeros, biases, residual, rows=rows, format=format, activation=activation, gated=gated
-        )
+    if linear.runs_reference(target, x, residual, norm, *biases):
+        more: dict[str, Any] = {"norm": norm, "eps": eps, "round_before_weight": round_before_weight}
+        more |= {"rows": rows, "format": format, "activation": activation, "gated": gated}
+        return reference(x, codes, scales, zeros, biases, residual, **more)
     return torch.ops.tilewright.quantized_linear_forward(
-        x, codes, scales, zeros, biases, residual, rows, format, activation, gated, target
+        x,
+        codes,
+        scales,
+        zeros,
+        biases,
+        residual,
+        rows,
+        format,
+        activation,
+        gated,
+        target,
+        norm,
+        eps,
+        round_before_weight,
     )
 
 
@@ -141,13 +165,16 @@ def spec(
     format: str,
     activation: str = "none",
     gated: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    round_before_weight: bool = False,
     target: str = "cpp",
 ) -> QuantizedLinearSpec | QuantizedLinearTritonSpec:
     """The kernel for a call. Raises :class:`~tilewright.runtime.errors.UnsupportedKernel` when there is none, and
     :class:`~tilewright.runtime.errors.BadArgument` for lists that do not fit each other."""
     fmt = parse_weight_format(format)
     check(codes, scales, zeros, biases, rows, fmt, activation, gated)
-    biased = {f"bias {i}": bias for i, bias in enumerate(biases)}
+    biased = {f"bias {i}": bias for i, bias in enumerate(biases)} | {"norm": norm}
     if target in quantized_triton.DEVICES:
         quantized_triton.check("quantized_linear", target, fmt, x=x, residual=residual, **biased)
     else:
@@ -158,6 +185,8 @@ def spec(
     if len(codes) > MOST_WEIGHTS:
         raise UnsupportedKernel(f"quantized_linear takes one to {MOST_WEIGHTS} weights, not {len(codes)}")
     if target in quantized_triton.DEVICES:
+        if norm is not None:
+            raise UnsupportedKernel("quantized_linear: Triton kernels do not normalise x")
         return quantized_triton.linear_spec(x, fmt, activation, gated, target)
     if fmt.kind != "int" or x.dtype == torch.float16:
         what = f"{fmt.kind} weights" if fmt.kind != "int" else "float16 activations"
@@ -173,12 +202,15 @@ def spec(
         activations=fmt.activations,
         activation=activation,
         gated=gated,
+        # In float32 there is nothing to round in between.
+        norm="none" if norm is None else "rounded" if round_before_weight and x.dtype != torch.float32 else "wide",
     )
 
 
 LIBRARY.define(
     "quantized_linear_forward(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor?[] biases, "
-    "Tensor? residual, int[] rows, str format, str activation, bool gated, str target) -> Tensor"
+    "Tensor? residual, int[] rows, str format, str activation, bool gated, str target, Tensor? norm=None, "
+    "float eps=0.0, bool round_before_weight=False) -> Tensor"
 )
 
 
@@ -192,6 +224,7 @@ def _check_shapes(
     rows: Sequence[int],
     fmt: WeightFormat,
     gated: bool,
+    norm: Tensor | None,
 ) -> tuple[int, ...]:
     """The result's shape. Raises RuntimeError, as torch does, when a tensor is not what the format says."""
     for i, count in enumerate(rows):
@@ -201,6 +234,8 @@ def _check_shapes(
         bias = biases[i]
         if bias is not None:
             _agree("bias", bias, (count,), x.dtype)
+    if norm is not None:
+        _agree("norm", norm, (x.size(-1),), x.dtype)
     shape = (*x.shape[:-1], rows[0] if gated else sum(rows))
     if residual is not None:
         _agree("residual", residual, shape, x.dtype)
@@ -231,15 +266,21 @@ def _launch(
     activation: str,
     gated: bool,
     target: str,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    round_before_weight: bool = False,
 ) -> Callable[..., Tensor]:
     more: dict[str, Any] = {"rows": rows, "format": format, "activation": activation, "gated": gated, "target": target}
+    more |= {"norm": norm, "eps": eps, "round_before_weight": round_before_weight}
     chosen = spec(x, codes, scales, zeros, biases, residual, **more)
-    _check_shapes(x, codes, scales, zeros, biases, residual, rows, parse_weight_format(format), gated)
-    return load_best(chosen, target, lambda: (x, codes, scales, zeros, biases, residual, rows)).launch
+    _check_shapes(x, codes, scales, zeros, biases, residual, rows, parse_weight_format(format), gated, norm)
+    return load_best(chosen, target, lambda: (x, codes, scales, zeros, biases, residual, rows, norm, eps)).launch
 
 
 fast_call.implement(
-    "quantized_linear_forward", _launch, passes=("x", "codes", "scales", "zeros", "biases", "residual", "rows")
+    "quantized_linear_forward",
+    _launch,
+    passes=("x", "codes", "scales", "zeros", "biases", "residual", "rows", "norm", "eps"),
 )
 
 
@@ -255,9 +296,12 @@ def _fake(
     activation: str,
     gated: bool,
     target: str,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    round_before_weight: bool = False,
 ) -> Tensor:
     fmt = parse_weight_format(format)
-    return x.new_empty(_check_shapes(x, codes, scales, zeros, biases, residual, rows, fmt, gated))
+    return x.new_empty(_check_shapes(x, codes, scales, zeros, biases, residual, rows, fmt, gated, norm))
 
 
 torch.library.register_fake("tilewright::quantized_linear_forward", _fake, lib=LIBRARY)
@@ -268,7 +312,9 @@ TOLERANCE = {dtype: Tolerance(4 * t.atol, 4 * t.rtol) for dtype, t in linear.TOL
 op = canonical(
     "quantized_linear(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor?[] biases, "
     "Tensor? residual=None, *, int[] rows, str format, str activation='none', bool gated=False, "
-    "str target='reference') -> Tensor".replace("'", '"'),
+    "Tensor? norm=None, float eps=0.0, bool round_before_weight=False, str target='reference') -> Tensor".replace(
+        "'", '"'
+    ),
     reference=reference,
     composite=_composite,
     tolerance=TOLERANCE,
