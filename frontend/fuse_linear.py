@@ -61,14 +61,13 @@ def fuse(module: torch.fx.GraphModule, *, packed_only: bool = False) -> int:
     packed layers takes up the RMS norm that it alone reads. A node has the site of its first linear layer. Nothing is
     fused across a write in place, or out of or into an autocast region.
 
-    packed_only: for a GPU, where only layers with packed weights have such kernels, and each has a launch of its own:
-    plain layers, norms, and layers that merely share an input, stay as they are.
+    packed_only: for a GPU, where only layers with packed weights have such kernels: plain layers and norms stay as they
+    are.
     """
     view = GraphView(module)
     layers = _PACKED if packed_only else _LAYERS
-    count = _gates(view, layers) + _activations(view, layers) + _residuals(view, layers)
+    count = _gates(view, layers) + _activations(view, layers) + _residuals(view, layers) + _siblings(view, layers)
     if not packed_only:
-        count += _siblings(view)
         count += _norms(view)
     if count:
         module.graph.lint()
@@ -244,10 +243,10 @@ def _like(item: Any, node: Node) -> bool:
     )
 
 
-def _siblings(view: GraphView) -> int:
+def _siblings(view: GraphView, layers: _Layers) -> int:
     """Plain layers that read one input become one; their results are slices of its result."""
     groups: dict[Any, list[Node]] = {}
-    for node in _calls(view, _ops.linear.default, _ops.quantized_linear.default):
+    for node in _calls(view, *layers):
         parts, x = _parts(node), peel(arguments(node)["x"])
         if isinstance(x, Node) and value(node).dim() >= 1 and _is_plain(parts):
             groups.setdefault((x, view.autocast.get(node), _kind(parts)), []).append(node)

@@ -173,6 +173,7 @@ def _fuse(module: torch.fx.GraphModule, requested: Target) -> None:
         fuse_residual.fuse(module)
     elif requested in ("triton", "triton-interpret") or (requested == "auto" and devices == {"cuda"}):
         fuse_linear.fuse(module, packed_only=True)
+        pack_weights.join(module)
 
 
 def _pack(module: torch.fx.GraphModule, requested: Target) -> None:

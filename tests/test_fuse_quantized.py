@@ -168,3 +168,44 @@ def test_a_weight_that_is_no_constant_is_left_as_it_is():
     node.update_arg(1, [copy])
     pack_weights.pack(module)
     assert parse_weight_format(node.kwargs["format"]).layout == "plain"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_share_their_input_are_one_launch(bias):
+    """For Triton: query, key and value are one weight of packed rows."""
+    model, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    for layer in model.model.layers if bias else ():
+        layer.self_attn.k_proj.bias = nn.Parameter(torch.randn(32))
+    result = tw.compile(model, [Coded("-")], example_inputs=(ids,), rest="eager", target="triton-interpret")
+    record = result.records[0]
+    calls = [arguments(node) for node in quantized(record.lowered)]
+    assert [call["rows"] for call in calls] == [[128], [64], [96, 96], [64]] * 2 + [[97]]
+    assert all(len(call[key]) == 1 for call in calls[::4] for key in ("codes", "scales", "zeros", "biases"))
+    assert [call["biases"][0] is not None for call in calls[::4]] == [bias] * 2 + [False]
+    names = [name for name, _ in record.lowered.named_buffers()]
+    assert sum("joined" in name for name in names) == 3 * 2  # codes, scales and zeros of two layers
+    assert len([name for name in names if "codes" in name]) == 2 * 5 + 1  # and what they were is gone
+    with torch.no_grad():
+        wanted = record.rewritten(ids)[0]
+        assert torch.allclose(result(ids).logits, wanted, atol=1e-5)
+        if bias:  # still the model's
+            model.model.layers[0].self_attn.k_proj.bias.add_(1.0)
+            assert not torch.allclose(result(ids).logits, wanted, atol=1e-3)
+
+
+def test_a_weight_that_others_read_is_not_joined():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 32, bias=False), nn.Linear(64, 16, bias=False)
+
+        def forward(self, x, y):
+            return self.first(x) + 1, self.second(x) + 1, self.first(y) + 1
+
+    x, y = torch.randn(3, 64), torch.randn(5, 64)
+    passes = [tw.passes.Quantize(bits=8, group_size=32)]
+    result = tw.compile(Twice().eval(), passes, example_inputs=(x, y), rest="eager", target="triton-interpret")
+    calls = [arguments(node) for node in quantized(result.records[0].lowered)]
+    assert sorted(call["rows"] for call in calls) == [[32], [32, 16]]
+    for got, want in zip(result(x, y), result.records[0].rewritten(x, y), strict=True):
+        assert torch.allclose(got, want, atol=1e-5)
