@@ -67,7 +67,7 @@ def join(module: torch.fx.GraphModule) -> int:
         biases = _joined_bias(module, given["biases"], given["rows"], value(given["x"]).dtype)
         if biases is None:
             continue
-        new = {
+        new: dict[str, list[Any]] = {
             name: [_add(module, each[0], torch.cat([_constant(module, one) for one in each]), "joined")]
             for name, each in lists.items()
             if each
