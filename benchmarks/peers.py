@@ -158,6 +158,6 @@ def openvino_decoder(model: Any, past: list[Tensor], tokens: Tensor, precision: 
 
 def llama_cpp(path: Path, threads: int, length: int) -> Any:
     """A ``llama_cpp.Llama`` on the GGUF file, with a context of ``length`` tokens, the last position's logits only."""
-    package = need("llama_cpp", "pip install llama-cpp-python (with gcc 12 build it without AMX)")
+    package = need("llama_cpp", "pip install llama-cpp-python (docs/benchmarks.md says how to build it with AMX)")
     many = {"n_threads": threads, "n_threads_batch": threads}
     return package.Llama(str(path), n_ctx=length, n_batch=512, logits_all=False, verbose=False, **many)

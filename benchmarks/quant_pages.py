@@ -32,6 +32,8 @@ def quality(study: dict[str, Any]) -> str:
     )
     if missing:
         parts.append("No result of " + "; ".join(missing) + ".")
+    if study.get("not_run"):
+        parts.append("Not run: " + "; ".join(study["not_run"]) + ".")
     parts.append(
         f"Calibrated with seed {study['seed']} within the given seconds. {study['device']}, "
         f"{study['threads'] or 'all'} threads, {study['date'][:10]}, torch {study['versions'].get('torch', '')}."

@@ -264,9 +264,11 @@ class Study:
 
     def collect(self) -> dict[str, Any]:
         """What is done, as the JSON of the study."""
-        rows = []
+        rows, missing = [], []
         for part in parts():
-            if (file := self.work / part.file).exists():
+            if not (file := self.work / part.file).exists():
+                missing.append(part.name)
+            else:
                 setting = part.setting.name if part.setting else PLAIN
                 known = json.loads(file.read_text(encoding="utf-8"))
                 rows.append({"model": part.model, "setting": setting, "method": part.method, **known})
@@ -283,6 +285,7 @@ class Study:
             "versions": machine.versions(),
             "commit": machine.commit(),
             "rows": rows,
+            "not_run": missing,
         }
 
 
