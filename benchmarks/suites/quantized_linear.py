@@ -153,7 +153,7 @@ def torchao(one: Layer) -> Call:
 
 def plain(one: Layer) -> Call:
     def make() -> Call:
-        weight = one.weight.to(one.x.dtype)
+        weight = one.weight.to(one.x.dtype, copy=True)
         return lambda: F.linear(one.x, weight)
 
     return over(one.copies, make)
