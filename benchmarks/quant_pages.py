@@ -80,5 +80,5 @@ def _yardstick(rows: list[Row], row: Row) -> Row | None:
 def _seconds(row: Row) -> str:
     if "calibration_seconds" not in row:
         return tables.NOTHING
-    of = f" of {row['budget']:,.0f}" if "budget" in row else ""
-    return f"{row['calibration_seconds']:,.0f}{of} s"
+    cut = ", cut off" if row.get("stopped_early") else ""
+    return f"{row['calibration_seconds']:,.0f} s{cut}"
