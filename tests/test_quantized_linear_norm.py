@@ -6,10 +6,8 @@ import pytest
 import torch
 from test_quantized_linear_cpp import format_of, weight
 
-from tilewright.codegen.linear import MOST_WEIGHTS
 from tilewright.codegen.quantized_linear import QuantizedLinearSpec
 from tilewright.runtime import errors
-from tilewright.runtime.launchers import quantized_linear as launcher
 from tilewright.runtime.ops import quantized_linear, quantized_weight, rms_norm
 
 EPS = 1e-5
@@ -92,8 +90,3 @@ def test_bad_norms_are_refused():
             x, [codes], [scale], [zero], [None], rows=[16], format=fmt.changed(layout="plain").text(),
             norm=torch.ones(64), target="triton-interpret",
         )  # fmt: skip
-
-
-def test_launcher_takes_as_many_weights():
-    """It stands alone, beside a dumped kernel, so it repeats the number."""
-    assert launcher.MOST_WEIGHTS == MOST_WEIGHTS

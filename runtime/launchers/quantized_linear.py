@@ -8,30 +8,12 @@ from typing import Any
 
 import torch
 
-MOST_WEIGHTS = 8  # of a call, as codegen.linear has it
+from ...codegen.linear import MOST_WEIGHTS
+from .linear import rows_of
+
 # threads, layout, x, residual, out; of each weight codes, scales, zeros, bias; norm, eps
 ARGTYPES = (ctypes.c_int, *(ctypes.c_void_p,) * (4 + 4 * MOST_WEIGHTS), ctypes.c_void_p, ctypes.c_double)
 MAX_LAYOUTS = 1024
-
-
-def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The tensor, copied if need be, and how far apart its rows (all but the last dimension) are."""
-    shape, strides = tensor.shape, tensor.stride()
-    if tensor.is_contiguous():
-        return tensor, shape[-1]
-    if shape[-1] == 1 or strides[-1] == 1:
-        step = None
-        for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
-            if size == 1:
-                continue
-            if step is None:
-                step, reach = stride, stride * size
-            elif stride == reach:
-                reach *= size
-            else:
-                return tensor.contiguous(), shape[-1]
-        return tensor, shape[-1] if step is None else step
-    return tensor.contiguous(), shape[-1]
 
 
 def make_launch(function: Any, spec: dict[str, Any], empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
