@@ -17,7 +17,7 @@ from ..passes._rotary import table_end
 from ..passes.base import Pass
 from ..passes.execute import run as run_graph
 from ..passes.metrics import tensor_error
-from ..runtime import kv_cache_file, memory
+from ..runtime import graph_executor, kv_cache_file, memory
 from ..runtime.errors import BadArgument, CacheFull, CacheMismatch, NotADecoder
 from ..runtime.kv_cache import AnySite, KVState
 from .capture import untouched
@@ -26,13 +26,12 @@ from .decoder_cache import DecoderCache, cache_class
 from .exported import ExportedProgram
 from .inputs import describe_inputs
 from .lift_cache import Lifted, lift, why_not_token_by_token
-from .options import Options
+from .options import KV_CACHE, Options
 from .rest import through_inductor
 
 if TYPE_CHECKING:
     from .decoder_file import StoredProgram
 
-PROPERTY = "kv-cache"
 MEASURED = 1024
 """Tokens of the cache whose memory is measured for the report."""
 SAMPLES = 4096
@@ -43,7 +42,7 @@ UNLIMITED = 2**31 - 1
 
 def cache_pass(passes: Sequence[Pass]) -> Pass | None:
     """The pass that puts a cache into the graph, if there is one."""
-    return next((one for one in passes if PROPERTY in one.provides), None)
+    return next((one for one in passes if KV_CACHE in one.provides), None)
 
 
 class CacheOwner:
@@ -92,8 +91,11 @@ class CachedProgram:
         if owner is not None and owner.sites == self.owner.sites:
             self.owner = owner  # the same weights in another mode: caches go on
         self.device = torch.device(next((one.device for one in program.inputs if one.device), "cpu"))
-        if options.rest == "inductor":
+        rest = program.record.rest if isinstance(program, ExportedProgram) else options.rest
+        if rest != "eager":
             self.run: Any = through_inductor(lifted.module, True)
+        elif graph_executor.why_not(lifted.module) is None and graph_executor.available():
+            self.run = graph_executor.GraphExecutor(lifted.module)
         else:
             self.run = lifted.module
         if options.memory == "pool":
@@ -372,7 +374,7 @@ def refuse(program: ExportedProgram, beside: frozenset[str] = frozenset()) -> No
     record = program.record
     reasons: dict[str, tuple[str, str]] = {}
     for run in record.runs:
-        if PROPERTY in run.rewrite.provides:
+        if KV_CACHE in run.rewrite.provides:
             reasons |= {site.id: (reason, site.source) for site, reason in run.declined}
     left = why_not_token_by_token(record.rewritten, beside)
     if left is None and not any(

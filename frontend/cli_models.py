@@ -23,6 +23,7 @@ class TargetName(StrEnum):
 
 
 class RestName(StrEnum):
+    AUTO = "auto"
     EAGER = "eager"
     INDUCTOR = "inductor"
 

@@ -31,7 +31,7 @@ def compile(
     example_kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     target: Target = "auto",
-    rest: Rest = "inductor",
+    rest: Rest = "auto",
     strict: bool = False,
     validate: bool = True,
     calibration: Sequence[Any] | None = None,
@@ -47,7 +47,8 @@ def compile(
     dynamic_shapes: as for ``torch.export.export``. None lets every input size vary that the model allows to.
     target: what runs the canonical ops. ``auto``: Triton for CUDA tensors, C++ for CPU tensors where there is a
         kernel, else the reference form. ``triton-interpret`` runs the Triton kernels on the CPU, slowly.
-    rest: what runs everything else: Torch Inductor, or eager PyTorch.
+    rest: what runs everything else: Torch Inductor, or eager PyTorch. ``auto`` is Inductor, except for decoders with a
+        KV cache on the CPU in which next to nothing else is left: C++ runs those operator by operator.
     strict: raise when a pass changed nothing.
     validate: run every rewritten site before and after on the example inputs, and measure the whole model's error.
     calibration: batches for passes that fit themselves to activations, each a tensor, a tuple or a dict of inputs.

@@ -43,7 +43,7 @@ class ExportedProgram:
         self.model_error: ModelError | None = None
         self.form: DecodeForm | None = None
         """How to complete a decoder's calls, of a module with a KV cache."""
-        if options.rest == "inductor":
+        if options.rest != "eager":
             # Compiled at the first call. Dynamo guards the sizes that Inductor specializes on.
             self.run: Any = through_inductor(record.lowered, True if captured.dynamic else None)
         else:

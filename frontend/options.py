@@ -12,6 +12,9 @@ from ..passes.parse import parse_passes
 from ..runtime.errors import BadArgument
 from .choices import Memory, Rest, Target
 
+KV_CACHE = "kv-cache"
+"""What passes provide that put a KV cache into a graph."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -19,16 +22,21 @@ class Options:
 
     passes: tuple[Pass, ...] = ()
     target: Target = "auto"
-    rest: Rest = "inductor"
+    rest: Rest = "auto"
     strict: bool = False
     validate: bool = True
     memory: Memory = "system"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a pass puts a KV cache into the graph."""
+        return any(KV_CACHE in one.provides for one in self.passes)
 
     @staticmethod
     def make(
         passes: Sequence[Pass] | str = (),
         target: str = "auto",
-        rest: str = "inductor",
+        rest: str = "auto",
         strict: bool = False,
         validate: bool = True,
         memory: str = "system",

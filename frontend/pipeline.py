@@ -15,7 +15,9 @@ from ..passes.execute import run
 from ..passes.manager import PassRun, run_pass, validate
 from ..passes.metrics import combine, tensor_error
 from ..passes.site import Site
+from . import policy
 from .capture import copy_module
+from .choices import Rest
 from .constants import drop_unread, weight_bytes
 from .lower import KernelUse, ReferenceUse, lower, retarget
 from .options import Options
@@ -29,6 +31,7 @@ class GraphRecord:
 
     captured, raised, rewritten, lowered: the graph after each stage; they share parameters.
     runs: one per pass, in the order they ran. example_values: flat inputs the graph was validated on, or None.
+    rest: what runs a decoder's graph between its kernels.
     weights: bytes of the tensors that the captured and the lowered graph read.
     outputs_before, outputs_after: flat tensors the captured and the lowered graph give for them.
     """
@@ -42,6 +45,7 @@ class GraphRecord:
     runs: list[PassRun] = field(default_factory=list)
     kernels: list[KernelUse] = field(default_factory=list)
     references: list[ReferenceUse] = field(default_factory=list)
+    rest: Rest = "inductor"
     example_values: list[Any] | None = None
     error: dict[str, float] | None = None
     outputs_before: Any = None
@@ -97,11 +101,10 @@ def process(
                 validate(
                     done, example_values, lambda module: retarget(copy_module(module), options.target, options.rest)
                 )
-    lowered = copy_module(rewritten)
     with watch.stage("build"):
-        kernels, references = lower(lowered, options.target, options.rest)
+        lowered, rest, kernels, references = _build(rewritten, options)
     drop_unread(lowered)
-    record = GraphRecord(index, captured, raised, rewritten, lowered, raising, runs, kernels, references)
+    record = GraphRecord(index, captured, raised, rewritten, lowered, raising, runs, kernels, references, rest)
     record.weights = {"before": weight_bytes(captured), "after": weight_bytes(lowered)}
     if options.validate and example_values is not None:
         record.example_values = list(example_values)
@@ -109,6 +112,20 @@ def process(
             _measure(record)
     record.seconds = watch.seconds
     return record
+
+
+def _build(
+    rewritten: torch.fx.GraphModule, options: Options
+) -> tuple[torch.fx.GraphModule, Rest, list[KernelUse], list[ReferenceUse]]:
+    """The lowered graph, what runs its rest when it decodes, and the ops' kernels and reference forms."""
+    if options.rest == "auto" and options.decodes and policy.may_run_alone(rewritten, options.target):
+        lowered = copy_module(rewritten)
+        kernels, references = lower(lowered, options.target, "eager")
+        if policy.runs_alone(lowered):
+            return lowered, "eager", kernels, references
+    lowered = copy_module(rewritten)
+    rest: Rest = "eager" if options.rest == "eager" else "inductor"
+    return lowered, rest, *lower(lowered, options.target, rest)
 
 
 def _measure(record: GraphRecord) -> None:

@@ -158,7 +158,7 @@ def program_of(compiled: CompiledModule) -> Program:
         rows,
         {
             "target": compiled.options.target,
-            "rest": compiled.options.rest,
+            "rest": program.record.rest,
             "memory": compiled.options.memory,
             "passes": [{"name": one.name, "options": one.options()} for one in compiled.options.passes],
         },

@@ -183,6 +183,11 @@ def prepare() -> bool:
     return functions is not None
 
 
+def functions() -> Functions | None:
+    """The C++ side, if it is loaded."""
+    return _module.made
+
+
 def calls_without_python() -> int:
     """How many calls of this process were launched without entering Python."""
     return int(_module.made["count"]()) if _module.made is not None else 0

@@ -101,7 +101,7 @@ class Plan:
                 numbers += (kind, positions[index] + inside * ELEMENT if kind == INPUT else value)
         numbers.append(len(self.buffers))
         for dtype, shape in self.buffers:
-            numbers += (_SCALAR_TYPES[dtype], len(shape), *shape)
+            numbers += (SCALAR_TYPES[dtype], len(shape), *shape)
         numbers.append(len(self.results))
         for buffer, shape, strides, offset in self.results:
             numbers += (buffer, len(shape), *shape, *strides, offset)
@@ -112,7 +112,7 @@ class Plan:
 
 
 # c10::ScalarType, whose numbers are part of saved models.
-_SCALAR_TYPES = {
+SCALAR_TYPES = {
     torch.uint8: 0,
     torch.int8: 1,
     torch.int16: 2,
@@ -178,7 +178,7 @@ def make(launch: Launch, arguments: Sequence[Any], returns: int) -> Plan | None:
     listed = [y for x in arguments if isinstance(x, list) for y in x if isinstance(y, Tensor)]
     if how is None:
         return None
-    if any(x.numel() == 0 or x.dtype not in _SCALAR_TYPES for x in (*tensors, *listed)):
+    if any(x.numel() == 0 or x.dtype not in SCALAR_TYPES for x in (*tensors, *listed)):
         return None
     if any(x.untyped_storage().nbytes() > MAX_BYTES for x in tensors):
         return None

@@ -13,6 +13,8 @@ SIGNATURES = {
     "clear": ctypes.CFUNCTYPE(None, ctypes.c_int64),
     "set_pool": ctypes.CFUNCTYPE(None, ctypes.c_void_p),
     "count": ctypes.CFUNCTYPE(ctypes.c_int64),
+    "serve_graphs": ctypes.CFUNCTYPE(None),
+    "drop_graph": ctypes.CFUNCTYPE(None, ctypes.c_int64),
 }
 
 
