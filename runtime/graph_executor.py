@@ -208,7 +208,7 @@ class _Watcher(torch.fx.Interpreter):
         return result
 
     def _note(self, node: Node, calls: list[Any], result: Any) -> None:
-        """A canonical op is one kernel op, besides views of a tensor's own shape and stand-ins for what nobody reads."""
+        """A canonical op is one kernel op, besides views of a tensor's own shape and stand-ins for what none reads."""
         viewed: dict[int, int] = {}
         kernels = []
         for call in calls:
