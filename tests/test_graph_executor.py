@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import math
 import operator
 import threading
 import weakref
 from typing import Any
 
 import decoders
+import hypothesis
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,6 +95,81 @@ def test_every_kind_of_argument():
         outputs=5,
     )
     agree(module, (torch.randn(2, 5),))
+
+
+@given(data=st.data())
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_any_row_of_views(data):
+    """Views in any order, of what is a view of something else, some read twice, some that need a copy."""
+    steps: list[Any] = []
+    shapes = [[2, 3, 4]]
+    for _ in range(data.draw(st.integers(1, 7))):
+        source = data.draw(
+            st.sampled_from([len(shapes) - 1, len(shapes) - 1, data.draw(st.integers(0, len(shapes) - 1))])
+        )
+        if not (shape := shapes[source]):
+            continue
+        rank = len(shape)
+        kind = data.draw(st.sampled_from(["transpose", "unsqueeze", "view", "split", "neg"]))
+        dim = data.draw(st.integers(-rank, rank - 1))
+        if kind == "transpose":
+            other = data.draw(st.integers(-rank, rank - 1))
+            steps.append(lambda n, i=source, a=dim, b=other: (aten.transpose.int, (n[i], a, b), {}))
+            shape = list(shape)
+            shape[dim], shape[other] = shape[other], shape[dim]
+            shapes.append(shape)
+        elif kind == "unsqueeze":
+            at = data.draw(st.integers(-rank - 1, rank))
+            steps.append(lambda n, i=source, at=at: (aten.unsqueeze.default, (n[i], at), {}))
+            shape = list(shape)
+            shape.insert(at if at >= 0 else at + rank + 1, 1)
+            shapes.append(shape)
+        elif kind == "view":
+            wanted = data.draw(st.sampled_from([[-1], [2, -1], [-1, 2], [1, -1, 1]]))
+            size = math.prod(shape)
+            if size % 2 and 2 in wanted:
+                continue
+            steps.append(lambda n, i=source, w=wanted: (aten.reshape.default, (n[i], w), {}))
+            shapes.append([size // abs(math.prod(wanted)) if one == -1 else one for one in wanted])
+        elif kind == "split" and shape[dim] > 1:
+            parts = [1, shape[dim] - 1]
+            steps.append(lambda n, i=source, p=parts, d=dim: (aten.split_with_sizes.default, (n[i], p, d), {}))
+            shapes.append([])
+            at = len(steps)
+            for index in data.draw(st.sampled_from([[0], [1], [0, 1], [-1, 0]])):
+                steps.append(lambda n, i=at, k=index: (operator.getitem, (n[i], k), {}))
+                shapes.append([*shape[: dim % rank], parts[index], *shape[dim % rank + 1 :]])
+        elif kind == "neg":
+            steps.append(lambda n, i=source: (aten.neg.default, (n[i],), {}))
+            shapes.append(shape)
+    module = graph_of(*steps)
+    if shapes[-1]:
+        agree(module, (torch.randn(2, 3, 4),))
+
+
+def test_views_that_do_not_fit_say_so():
+    split = graph_of(
+        lambda n: (aten.split_with_sizes.default, (n[0], [1, 2]), {}), lambda n: (operator.getitem, (n[1], 1), {})
+    )
+    run = agree(split, (torch.randn(3, 2),))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="split_with_sizes expects"):
+        run(torch.randn(4, 2))
+    swapped = graph_of(lambda n: (aten.transpose.int, (n[0], 0, 2), {}))
+    run = agree(swapped, (torch.randn(3, 2, 1),))
+    with torch.no_grad(), pytest.raises(IndexError, match="Dimension out of range"):
+        run(torch.randn(4, 2))
+    viewed = graph_of(lambda n: (aten.transpose.int, (n[0], 0, 1), {}), lambda n: (aten.view.default, (n[1], [-1]), {}))
+    run = agree(viewed, (torch.randn(3, 1),))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="not compatible"):
+        run(torch.randn(4, 2))
+
+
+def test_a_view_shows_the_same_memory():
+    run = agree(graph_of(lambda n: (aten.transpose.int, (n[0], 0, 1), {})), (torch.randn(3, 2),))
+    x = torch.zeros(3, 2)
+    with torch.no_grad():
+        run(x)[0][1, 2] = 5
+    assert x[2, 1] == 5
 
 
 def test_a_number_beside_a_tensor_does_not_promote():
