@@ -91,13 +91,17 @@ class GraphExecutor:
         if self.problem is not None or _watched() or not _PLAIN.issuperset(map(type, inputs)):
             return self.module(*inputs)
         loaded = self._loaded
-        if loaded is None or loaded.ids != list(map(id, self._tensors())):
+        if loaded is None or not self._holds(loaded.held):
             return self._load(inputs)
         outputs = torch.ops.tilewright.run_graph(loaded.number, inputs)
         if loaded.whole:
             return tuple(outputs)
         left = iter(outputs)
         return tuple(next(left) if there else None for there in loaded.outputs)
+
+    def _holds(self, tensors: list[Tensor | None]) -> bool:
+        same = all(map(operator.is_, self._tensors(), tensors))
+        return same and sum(map(len, self._owners)) == len(tensors)
 
     def _tensors(self) -> Iterator[Tensor | None]:
         return chain.from_iterable(held.values() for held in self._owners)
@@ -120,12 +124,11 @@ class GraphExecutor:
 class _Loaded:
     """A graph on the C++ side, dropped there when nobody runs it any more.
 
-    held: all tensors of the module it was made of. They stay as long, so that no other tensor gets the id of one.
+    held: all tensors of the module it was made of, in order.
     """
 
     def __init__(self, text: Text, held: list[Tensor | None]) -> None:
         self.held = held
-        self.ids = list(map(id, held))
         self.outputs = text.outputs
         self.whole = all(text.outputs)
         self.number: int = torch.ops.tilewright.load_graph(text.numbers, text.texts, text.reals, text.tensors)
