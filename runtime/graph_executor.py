@@ -87,6 +87,10 @@ class GraphExecutor:
         self._owners = [held for one in module.modules() for held in (one._parameters, one._buffers) if held]
         self._loaded: _Loaded | None = None
 
+    def __reduce__(self) -> Any:
+        """A copy loads its own graph."""
+        return GraphExecutor, (self.module,)
+
     def __call__(self, *inputs: Any) -> Any:
         if self.problem is not None or _watched() or not _PLAIN.issuperset(map(type, inputs)):
             return self.module(*inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import operator
@@ -270,6 +271,52 @@ def test_whoever_watches_sees_the_operators():
     with torch.no_grad():
         compiled = torch.compile(run, backend="eager", fullgraph=True)
         assert torch.equal(compiled(torch.ones(4, 4))[0], torch.full((4, 4), 4.0))
+
+
+@torch.no_grad()
+def test_a_copy_has_its_own_graph():
+    run = GraphExecutor(torch.fx.symbolic_trace(Weighted()))
+    x = torch.ones(3)
+    run(x), run(x)
+    other = copy.deepcopy(run)
+    run.module.weight.mul_(3)
+    del run
+    gc.collect()
+    for _ in range(2):
+        assert torch.equal(other(x)[0], torch.full((3,), 2.0))
+
+
+def test_inference_mode():
+    run = GraphExecutor(
+        graph_of(
+            lambda n: (aten.transpose.int, (n[0], 0, 1), {}),
+            lambda n: (aten.mul.Tensor, (n[1], n[1]), {}),
+            lambda n: (aten.add_.Tensor, (n[0], 1), {}),
+            outputs=3,
+        )
+    )
+    for _ in range(3):
+        with torch.inference_mode():
+            x = torch.ones(2, 3)
+            shown, product, written = run(x)
+            assert torch.equal(x, torch.full((2, 3), 2.0)) and torch.equal(shown, x.T)
+            assert torch.equal(product, torch.ones(3, 2)) and torch.equal(written, x)
+    with torch.no_grad():
+        assert torch.equal(run(x)[1], torch.full((3, 2), 4.0))
+
+
+@torch.no_grad()
+def test_a_profiler_sees_every_kernel():
+    compiled = tw.compile(tiny.llama(), "quantize{bits=4},kv-cache{max_length=32}", target="cpp", rest="eager")
+    ids = tiny.tokens(1, 4)
+    for _ in range(3):
+        compiled(ids)
+    with torch.profiler.profile() as profile:
+        compiled(ids)
+    names = [event.name for event in profile.events()]
+    assert names.count("tilewright::run_graph") == 1
+    assert names.count("tilewright::cached_attention_step") == 2
+    assert names.count("tilewright::quantized_linear_forward") == 8
 
 
 @torch.no_grad()
