@@ -366,7 +366,7 @@ def test_what_cpp_cannot_run_stays_in_python():
         (operator.add, None),
         (aten.sin.default, None),
     ],
-    ids=str,
+    ids=["function", "reference", "arithmetic", "operator"],
 )
 def test_why_not(target, why):
     graph = torch.fx.Graph()
