@@ -326,7 +326,9 @@ def test_a_spent_budget_leaves_the_rest_rounded_to_nearest():
     short = compiled(bits=4, group_size=32, method=AWQ(), seconds=1e-9)
     assert short.report.passes[0].facts["groups_searched"] == 0
     assert len(short.report.passes[1].matched) == 14
-    assert error(short) == error(compiled(bits=4, group_size=32))
+    assert error(short) == error(compiled(bits=4, group_size=32, method=RTN(clip=True)))
+    plain = compiled(bits=4, group_size=32, method=AWQ(clip=False), seconds=1e-9)
+    assert error(plain) == error(compiled(bits=4, group_size=32))
 
 
 @pytest.mark.parametrize("given", [{"steps": 0}, {"rows": 0}, {"shrink": 0.0}, {"worth": 1.0}], ids=str)

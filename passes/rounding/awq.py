@@ -88,6 +88,9 @@ class AWQ(Method):
                 found[one.id] = work.nearest(one.id, clip=self.clip)
         return found
 
+    def rest(self, work: Calibration, site: str) -> QuantizedWeight:
+        return work.nearest(site, clip=self.clip)
+
 
 @dataclass
 class _Group:

@@ -2,7 +2,7 @@
 
 A method is a frozen dataclass in a file of its own, whose fields are its options. It may change the float graph first
 without changing its function (:meth:`Method.transform`), and then says what codes the weights of the sites get
-(:meth:`Method.round`). What it does not answer for is rounded to nearest.
+(:meth:`Method.round`). What it does not answer for is rounded to nearest, with searched ranges.
 """
 
 from __future__ import annotations
@@ -247,14 +247,16 @@ class Method:
         return None
 
     def round(self, work: Calibration) -> dict[str, QuantizedWeight]:
-        """Codes by site id, for :meth:`Calibration.leaders` that the method has an answer for; the rest gets
-        :meth:`Calibration.nearest`. Codes have to be of the site's format, ``zero`` and all, but for ``scales``.
+        """Codes by site id, for :meth:`Calibration.leaders` that the method has an answer for; the others get
+        :meth:`rest`. Codes have to be of the site's format, ``zero`` and all, but for ``scales``.
         """
         return {}
 
     def rest(self, work: Calibration, site: str) -> QuantizedWeight:
-        """What a site gets that :meth:`round` said nothing about: embeddings, layers outside of the blocks."""
-        return work.nearest(site)
+        """What a site gets that :meth:`round` said nothing about: embeddings, layers outside of the blocks, and blocks
+        that the time budget did not reach.
+        """
+        return work.nearest(site, clip=True)
 
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -140,9 +140,6 @@ class OSTQuant(Method):
             return Rounding(work, None if self.precision == "float32" else torch.bfloat16).run()
         return {site.id: work.nearest(site.id, clip=True) for site in each(work, work.leaders(linear=True), "rounding")}
 
-    def rest(self, work: Calibration, site: str) -> QuantizedWeight:
-        return work.nearest(site, clip=True)
-
 
 class _Session:
     """One run of learning. facts: for the report."""
