@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tilewright as tw
 from tilewright.passes import KVCache, Quantize
-from tilewright.runtime import graph_executor, settings
+from tilewright.runtime import compilers, fast_call, graph_executor, settings
+from tilewright.runtime.errors import MissingCompiler, UnsupportedKernel
 from tilewright.runtime.graph_executor import GraphExecutor
 
 pytest.importorskip("transformers")
@@ -31,8 +32,11 @@ aten = torch.ops.aten
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
-    if not graph_executor.available():
-        pytest.skip("the C++ side cannot be built here")
+    try:
+        compilers.find_cxx()
+    except MissingCompiler:
+        pytest.skip("there is no C++ compiler")
+    assert graph_executor.available()
 
 
 def executor(module: nn.Module) -> GraphExecutor:
@@ -238,6 +242,50 @@ def test_changed_and_replaced_weights_are_seen():
         assert torch.equal(run(x)[0], 2 * x)
     module.weight.data = torch.full((3,), 5.0)
     assert torch.equal(run(x)[0], 5 * x)
+
+
+class Normed(nn.Module):
+    """A kernel of ours with a weight, behind a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(32) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.ops.tilewright.rms_norm.default(aten.transpose.int(x, 0, 1), self.weight, 1e-6, target="cpp"),)
+
+
+@torch.no_grad()
+def test_a_kernel_is_called_anew_for_every_shape_and_stride():
+    """An instruction keeps its last plan: other sizes, strides, weights or dropped plans must not get it."""
+    module = torch.fx.symbolic_trace(Normed())
+    run = GraphExecutor(module)
+
+    def check(x: torch.Tensor) -> None:
+        want = torch.nn.functional.rms_norm(x.transpose(0, 1), module.weight.shape, module.weight, 1e-6)
+        torch.testing.assert_close(run(x)[0], want)
+
+    shapes = (3, 5, 32), (4, 1, 32), (3, 5, 32), (3, 5, 64), (2, 2, 2, 32)
+    for _ in range(2 * fast_call.TRY_EVERY):
+        check(torch.randn(3, 5, 32))
+    before = fast_call.calls_without_python()
+    for _ in range(4):
+        check(torch.randn(3, 5, 32))
+    assert fast_call.calls_without_python() == before + 4
+    for _ in range(2 * fast_call.TRY_EVERY):
+        for shape in shapes:
+            check(torch.randn(shape)[..., :32])
+            check(torch.randn(shape)[..., :32].contiguous())
+    fast_call.forget()
+    check(torch.randn(3, 5, 32))
+    module.weight.data = torch.rand(64)
+    for _ in range(2 * fast_call.TRY_EVERY):
+        check(torch.randn(3, 5, 64))
+    module.weight.data = torch.rand(32)
+    with pytest.raises(UnsupportedKernel, match="weight has shape"):
+        run(torch.randn(3, 5, 64))
+    check(torch.randn(3, 5, 32))
+    assert run.problem is None
 
 
 @torch.no_grad()

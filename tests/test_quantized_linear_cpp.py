@@ -283,8 +283,7 @@ def test_the_op():
 
 
 def test_calls_skip_python_with_and_without_biases():
-    if not fast_call.prepare():
-        pytest.skip("the dispatcher kernel cannot be built here")
+    assert fast_call.prepare()
     spec = QUICK["4-offset"]
     for bias, seed in ((True, 5), (False, 6)):
         x, weights, biases, residual, rows = operands(
