@@ -139,7 +139,7 @@ def _put(view: GraphView, root: Node, covered: list[Node], first: Node, parts: d
     with view.graph.inserting_before(root):
         fused = _call(view, parts)
     fused.meta["val"] = value(root)
-    _describe(fused, first)
+    describe(fused, first)
     view.insert(fused)
     view.replace(root, fused)
     for node in (root, *covered):
@@ -149,7 +149,7 @@ def _put(view: GraphView, root: Node, covered: list[Node], first: Node, parts: d
     return fused
 
 
-def _describe(node: Node, origin: Node) -> None:
+def describe(node: Node, origin: Node) -> None:
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", DETAILS):
         if key in origin.meta:
             node.meta[key] = origin.meta[key]
@@ -271,7 +271,7 @@ def _merge(view: GraphView, group: list[Node]) -> int:
     whole = value(first).new_empty((*value(first).shape[:-1], sum(widths)))
     slices = whole.split(widths, -1)
     updates: list[tuple[Node, Any]] = []
-    if not all(_survives(node, one, updates.append) for node, one in zip(group, slices, strict=True)):
+    if not all(survives(node, one, updates.append) for node, one in zip(group, slices, strict=True)):
         return 0
     for one in late:  # constants that stand beside their layer
         first.prepend(one)
@@ -281,11 +281,11 @@ def _merge(view: GraphView, group: list[Node]) -> int:
         results = [view.graph.call_function(operator.getitem, (split, i)) for i in range(len(group))]
     fused.meta["val"], split.meta["val"] = whole, slices
     for node in (fused, split):
-        _describe(node, first)
+        describe(node, first)
         view.insert(node)
     for node, part, one in zip(group, results, slices, strict=True):
         part.meta["val"] = one
-        _describe(part, node)
+        describe(part, node)
         view.insert(part)
         view.replace(node, part)
         view.erase(node)
@@ -294,7 +294,7 @@ def _merge(view: GraphView, group: list[Node]) -> int:
     return 1
 
 
-def _survives(node: Node, shown: Any, update: Callable[[tuple[Node, Any]], None]) -> bool:
+def survives(node: Node, shown: Any, update: Callable[[tuple[Node, Any]], None]) -> bool:
     """Whether the views of ``node`` exist when its value is laid out as ``shown``; ``update`` gets their values."""
     for user in node.users:
         if user.target not in _VIEWS or user.args[0] is not node:
@@ -307,6 +307,6 @@ def _survives(node: Node, shown: Any, update: Callable[[tuple[Node, Any]], None]
         except (RuntimeError, ValueError):
             return False
         update((user, result))
-        if not _survives(user, result, update):
+        if not survives(user, result, update):
             return False
     return True

@@ -18,7 +18,7 @@ from ..passes.view import arguments, value
 from ..runtime import announce, load
 from ..runtime.errors import BuildError, MissingCompiler, MissingDependency, UnsupportedKernel
 from ..runtime.ops import OPS, CanonicalOp, is_canonical
-from . import fuse_linear, fuse_residual, pack_weights, policy
+from . import fuse_linear, fuse_residual, fuse_rope, pack_weights, policy
 from .choices import Rest, Target
 from .progress import build_kernels
 
@@ -171,6 +171,7 @@ def _fuse(module: torch.fx.GraphModule, requested: Target) -> None:
     if requested in ("auto", "cpp") and devices == {"cpu"}:
         fuse_linear.fuse(module)
         fuse_residual.fuse(module)
+        fuse_rope.fuse(module)
     elif requested in ("triton", "triton-interpret") or (requested == "auto" and devices == {"cuda"}):
         fuse_linear.fuse(module, packed_only=True)
         pack_weights.join(module)
