@@ -1,4 +1,4 @@
-"""A graph as rows of numbers, which ``_graph_executor.jinja`` reads."""
+"""A graph as rows of numbers, which ``_graph_text.jinja`` reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .plans import SCALAR_TYPES
 Node = torch.fx.Node
 aten = torch.ops.aten
 
-# As in _graph_executor.jinja.
+# As in _graph_text.jinja.
 DEFAULT, READ, TAKE, LIST, NONE, WHOLE, TRUTH, DECIMAL, TEXT, TENSOR, DEVICE, WHOLE_TENSOR, DECIMAL_TENSOR = range(13)
 TENSORS, OPTIONAL_TENSORS, WHOLES, DECIMALS, TRUTHS = range(5)
 CALL, VIEWS = 0, 6
