@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Batches = Sequence[Mapping[str, Tensor]]
+"""Calibration inputs: keyword arguments of the model, (B, L) each."""
+_FAILURES = (RuntimeError, ValueError, AssertionError, NotImplementedError, AttributeError, TypeError)
 
 
 class Unavailable(Exception):
     """The reason that a peer has no result."""
 
 
-def torchao(model: nn.Module, bits: int, group: int, activations: int | None) -> nn.Module:
+def torchao(model: nn.Module, bits: int, group: int, activations: int | None, batches: Batches = ()) -> nn.Module:
     """torchao's post-training formats: integers of ``bits`` with a symmetric scale a group, or a row for 0.
 
     A copy of ``model`` whose linear layers but the head are quantized; 8-bit activations are dynamic, a scale a token.
@@ -45,9 +50,56 @@ def torchao(model: nn.Module, bits: int, group: int, activations: int | None) ->
         ao.quantize_(made, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and id(m) not in heads)
         with torch.no_grad():
             next(m for name, m in _linears(made))(torch.zeros(1, 1, next(m for _, m in _linears(made)).in_features))
-    except (RuntimeError, ValueError, AssertionError, NotImplementedError, AttributeError, TypeError) as error:
-        raise Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    except _FAILURES as error:
+        raise _unavailable(error) from error
     return made
+
+
+def llm_compressor(
+    model: nn.Module, bits: int, group: int, activations: int | None, batches: Batches = ()
+) -> nn.Module:
+    """llm-compressor's GPTQ with its defaults, layer by layer on ``batches``; symmetric grids, a scale a group or row.
+
+    A copy of ``model`` that computes with rounded weights and, with ``activations``, dynamic integers a token. The head
+    stays as it is. Raises :class:`Unavailable` where llm-compressor is not installed or refuses.
+    """
+    try:
+        entry: Any = importlib.import_module("llmcompressor")
+        modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
+        schemes: Any = importlib.import_module("compressed_tensors.quantization")
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error}): pip install --no-deps llmcompressor compressed-tensors") from error
+    numbers: Any = {"type": "int", "symmetric": True}
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    made: Any = copy.deepcopy(model)
+    head = _head(made)
+    names = [name for name, module in made.named_modules() if module is head]
+    try:
+        weights = schemes.QuantizationArgs(num_bits=bits, **numbers, **strategy)
+        inputs = None
+        if activations:
+            inputs = schemes.QuantizationArgs(num_bits=activations, strategy="token", dynamic=True, **numbers)
+        scheme = schemes.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+        recipe = modifiers.GPTQModifier(config_groups={"all": scheme}, ignore=names)
+        # What GGUF files held is in floats by now, which the config of a model that was read from one does not say.
+        vars(made.config).pop("quantization_config", None)
+        with tempfile.TemporaryDirectory() as folder:  # it reads the model's config from a folder
+            made.config.save_pretrained(folder)
+            made.config.name_or_path = folder
+            entry.oneshot(
+                model=made,
+                dataset=torch.utils.data.DataLoader(list(batches), batch_size=None),  # type: ignore[arg-type]
+                recipe=recipe,
+                processor=object(),  # nothing is to be tokenized
+                num_calibration_samples=len(batches),
+            )
+    except _FAILURES as error:
+        raise _unavailable(error) from error
+    return made  # type: ignore[no-any-return]
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    return Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -60,4 +112,7 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
-PEERS: dict[str, Callable[[nn.Module, int, int, int | None], nn.Module]] = {"torchao": torchao}
+PEERS: dict[str, Callable[[nn.Module, int, int, int | None, Batches], nn.Module]] = {
+    "torchao": torchao,
+    "llm-compressor": llm_compressor,
+}

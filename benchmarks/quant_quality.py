@@ -10,8 +10,9 @@ Each part is one setting with one method and is compared with the model as it is
   many of each sentence's NEAREST nearest ones stay among them.
 
 Calibrating methods get ``--samples`` blocks of ``--tokens`` tokens from further on in the text, and stop after
-``--budget`` seconds (``200``, or ``200,awq=60,cbq=400``), which the result records. The peer torchao rounds the same
-layers to the same bits and groups where it is installed and has such a format; else the reason is recorded.
+``--budget`` seconds (``200``, or ``200,awq=60,cbq=400``), which the result records. The peers torchao
+(to nearest) and llm-compressor (GPTQ) round the same layers to the same bits and groups where they are installed and
+have such a format; else the reason is recorded.
 
 A part is kept in DIR when it is done, so that a run may stop anywhere. DIR does not know which version of the code made
 a part: empty it when that has changed. SmolLM2's weights were 4-bit numbers already, asymmetric in groups of 32, which
@@ -156,7 +157,9 @@ class Study:
             return loaded.model, {}
         if part.method in PEERS:
             begin = time.perf_counter()
-            made = PEERS[part.method](loaded.model, setting.bits, setting.group, setting.activations)
+            given = self.calibration(part.model)
+            batches = [{k: v for k, v in _keywords(one).items() if isinstance(v, Tensor)} for one in given]
+            made = PEERS[part.method](loaded.model, setting.bits, setting.group, setting.activations, batches)
             return made, {"calibration_seconds": time.perf_counter() - begin}
         from ..frontend.compile import compile
 
@@ -287,6 +290,11 @@ class Study:
             "rows": rows,
             "not_run": missing,
         }
+
+
+def _keywords(inputs: Any) -> dict[str, Any]:
+    """Of a calibration input: (args, kwargs), or kwargs alone."""
+    return dict(inputs if isinstance(inputs, Mapping) else inputs[1])
 
 
 def _embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:

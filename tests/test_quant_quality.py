@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -106,9 +107,24 @@ def test_every_part_can_be_read_and_has_a_file_of_its_own() -> None:
 
 
 def test_peers_say_why_they_have_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
-    with pytest.raises(quant_peers.Unavailable, match="not installed"):
-        quant_peers.torchao(nn.Linear(4, 4), 4, 64, None)
+    for name in ("torchao.quantization", "llmcompressor"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    for peer in quant_peers.PEERS.values():
+        with pytest.raises(quant_peers.Unavailable, match="not installed"):
+            peer(nn.Linear(4, 4), 4, 64, None, ())
+
+
+def test_llm_compressor_rounds_a_copy() -> None:
+    pytest.importorskip("llmcompressor")
+    model = tiny.llama()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    batches = [{"input_ids": tiny.tokens(1, 40, seed=seed)} for seed in range(4)]
+    made = quant_peers.llm_compressor(model, 4, 16, None, batches)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    found = made.model.layers[0].mlp.up_proj.weight.unflatten(1, (-1, 16))
+    assert all(len(group.unique()) <= 16 for group in found.reshape(-1, 16))
+    assert not torch.equal(made.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(made.lm_head.weight, before["lm_head.weight"])
 
 
 def test_the_page() -> None:
