@@ -99,7 +99,8 @@ def llm_compressor(
 
 
 def _unavailable(error: Exception) -> Unavailable:
-    return Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    """With the error's first sentence."""
+    return Unavailable(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}")
 
 
 def _head(model: nn.Module) -> nn.Module | None:
