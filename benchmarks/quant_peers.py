@@ -74,6 +74,7 @@ def llm_compressor(
     made: Any = copy.deepcopy(model)
     head = _head(made)
     names = [name for name, module in made.named_modules() if module is head]
+    samples: Any = list(batches)
     try:
         weights = schemes.QuantizationArgs(num_bits=bits, **numbers, **strategy)
         inputs = None
@@ -88,14 +89,15 @@ def llm_compressor(
             made.config.name_or_path = folder
             entry.oneshot(
                 model=made,
-                dataset=torch.utils.data.DataLoader(list(batches), batch_size=None),  # type: ignore[arg-type]
+                dataset=torch.utils.data.DataLoader(samples, batch_size=None),
                 recipe=recipe,
                 processor=object(),  # nothing is to be tokenized
                 num_calibration_samples=len(batches),
             )
     except _FAILURES as error:
         raise _unavailable(error) from error
-    return made  # type: ignore[no-any-return]
+    rounded: nn.Module = made
+    return rounded
 
 
 def _unavailable(error: Exception) -> Unavailable:
