@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 Batches = Sequence[Mapping[str, Tensor]]
 """Calibration inputs: keyword arguments of the model, (B, L) each."""
+# As peers say that they do not take a model or a format; the table shows what they said. Others are bugs, and stop.
 _FAILURES = (RuntimeError, ValueError, AssertionError, NotImplementedError, AttributeError, TypeError)
 
 
